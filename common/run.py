@@ -1,0 +1,717 @@
+"""A run's surroundings: settings and command line, seeds, folder, checkpoints, EMA, signals, report.
+
+Nothing here knows a method. What is trained, and how, stands in the method's file.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from . import metrics, plots
+from .resnet import load_backbone
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMAT = 1                                                              # of the checkpoint file
+
+
+class UserError(Exception):
+    """A user's mistake, in one line: what, where, remedy. Printed as `error: ...`; exit code 2."""
+
+
+class WorkError(Exception):
+    """A fault at work (full disk, non-finite loss), in one line. Printed as `error: ...`; exit code 1."""
+
+
+# ----------------------------------------------------------------------------- settings and command line
+
+def field_comments(Config):
+    """The comment behind each field of the dataclass, which is its help text: {name: (group, comment)}."""
+    found, group = {}, ""
+    for line in inspect.getsource(Config).splitlines():
+        if banner := re.fullmatch(r"\s+# --- (.+) ---", line):
+            group = banner[1]
+        elif field := re.fullmatch(r"\s+(\w+): .+?  # (.+)", line):
+            found[field[1]] = (group, field[2])
+    return found
+
+
+def configure(Config, given, small, plus, by_data):
+    """A Config whose defaults are those of its scale, recipe and data set; what is `given` wins. Raises UserError."""
+    for name in given:
+        if name not in Config.__dataclass_fields__:
+            raise UserError(f"--{name.replace('_', '-')}: no such option")
+    data = given.get("data", Config.data)
+    scale = given.get("scale") or ("small" if data.startswith("toy") else "paper")
+    recipe = given.get("recipe") or ("plus" if scale == "small" else "paper")
+    values = by_data.get(data, {}) | (small if scale == "small" else {}) | (plus if recipe == "plus" else {})
+    if data.startswith("toy"):
+        values = values | by_data.get(data, {})                         # a toy set's own size holds at every scale
+    values = values | dict(scale=scale, recipe=recipe)
+    if "epochs" in given and "pretrain_epochs" not in given:            # --epochs caps every stage
+        values["pretrain_epochs"] = min(values.get("pretrain_epochs", Config.pretrain_epochs), int(given["epochs"]))
+    config = Config(**values | given)
+    check(config)
+    return config
+
+
+def check(config):
+    """Raises UserError naming the first field whose value is of a wrong type or outside the range in its comment."""
+    comments = field_comments(type(config))
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        choices = typing.get_args(field.type)
+        if choices and value not in choices:
+            raise UserError(f"{option} {value!r}: choose from {', '.join(map(str, choices))}")
+        if field.type in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, field.type))):
+            raise UserError(f"{option} {value!r}: {'a whole' if field.type is int else 'a'} number is needed")
+        if field.type in (str, bool) and not isinstance(value, field.type):
+            raise UserError(f"{option} {value!r}: {'text' if field.type is str else 'true or false'} is needed")
+        if limits := re.match(r"\[([^\]]*?)\.\.([^\]]*?)\]", comments[field.name][1]):
+            low, high = (float(x) if x else None for x in limits.groups())
+            if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+                raise UserError(f"{option} {value}: must lie in {limits[0]}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        if unknown := re.search(r"unrecognized arguments: (-\S+)", message):
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f" (did you mean {close[0]}?)" if close else " (--help lists the options)"
+        raise UserError(message)
+
+
+def add_options(parser, Config, names=None):
+    """Options made from the dataclass, all or those of `names`: --batch-size from the field batch_size, grouped by banner."""
+    groups = {}
+    for name, (group, comment) in field_comments(Config).items():
+        if names is not None and name not in names:
+            continue
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        field = Config.__dataclass_fields__[name]
+        options = ["--" + name.replace("_", "-"), *{"output": ["--out"], "batch_size": ["--batch"]}.get(name, [])]
+        extra = {"dest": name, "default": argparse.SUPPRESS,
+                 "help": f"{comment}; default {(field.default if field.default != '' else 'none') if names is None else 'that of the run'}".replace("%", "%%")}
+        if field.type is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        elif choices := typing.get_args(field.type):
+            extra |= {"choices": choices, "type": type(choices[0])}
+        else:
+            extra |= {"type": field.type, "metavar": name.upper() if field.type is str else "N"}
+        groups[group].add_argument(*options, **extra)
+
+
+def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
+    """Parses `argv` and runs the command; returns the exit code: 0, 1 a fault, 2 a user's mistake, 130/143 a signal.
+
+    `commands` = {"train": (function(**given), None, summary), "eval": (function(checkpoint, **given), field names, summary),
+    ...}; `tables` = {"--scale small": {field: value}, ...} are shown by --help; `errors` are exceptions that are a user's mistake.
+    """
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
+    name = argv.pop(0) if argv and argv[0] in commands else "train"
+    function, names, summary = commands[name]
+    prog = f"python {method}.py" + (f" {name}" if name != "train" else "")
+    epilog = "examples:\n" + re.sub(r"(?m)^ *", "  ", doc[doc.index(f"python {method}.py"):].split("\n\n")[0])
+    epilog += "".join(f"\n\n{key} sets " + ", ".join(f"{k} {v}" for k, v in table.items()) for key, table in dict(tables).items())
+    parser = Parser(prog, f"{prog} [options]" + (" IMAGE ..." if name in ("predict", "explain") else ""), summary, epilog,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if name == "train":
+        parser.add_argument("--resume", nargs="?", const="", default=argparse.SUPPRESS, metavar="RUN",
+                            help="go on with the run in --output, or with this one, from its last.pt alone")
+    else:
+        parser.add_argument("--checkpoint", required=True, help="a run's best.pt")
+        if name in ("predict", "explain"):
+            parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    add_options(parser, Config, names)
+    try:
+        with signals():
+            function(**vars(parser.parse_args(argv)))
+        sys.stdout.flush()
+        return 0
+    except SystemExit as end:                                           # --help
+        return end.code or 0
+    except BrokenPipeError:                                             # `| head` closed our output: no more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Interrupted as stop:
+        print(f"stopped by {signal.Signals(stop.signum).name}; {stop.note}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, *errors) as mistake:
+        code, message = 2, str(mistake)
+    except (WorkError, OSError) as fault:
+        code, message = 1, str(fault)
+    except torch.OutOfMemoryError as fault:
+        code = 1
+        message = f"out of memory ({str(fault).split('.')[0]}): try a smaller --batch-size with --grad-accum, or --size"
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------- signals and progress
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM. `note` says what was saved."""
+
+    def __init__(self, signum):
+        self.signum, self.note = signum, "files already written are whole"
+
+
+_deferred, _pending = False, None
+
+
+def _on_signal(signum, frame):
+    global _pending
+    if not _deferred or _pending:                                       # a second signal does not wait
+        raise Interrupted(signum)
+    _pending = signum
+
+
+@contextlib.contextmanager
+def signals():
+    """Ctrl-C and SIGTERM raise Interrupted; inside `defer_signals` only between two steps, where a state is whole."""
+    global _pending
+    _pending, before = None, {}
+    for s in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):                           # not in the main thread: leave them as they are
+            before[s] = signal.signal(s, _on_signal)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def defer_signals(save, note):
+    """Inside, a signal waits for the end of the step (`progress`); then `save()` is called and `note` says how to go on."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    except Interrupted as stop:
+        save()
+        stop.note = note
+        raise
+    finally:
+        _deferred = False
+
+
+def check_signals():
+    if _pending:
+        raise Interrupted(_pending)
+
+
+def progress(iterable, what, total=None, start=0):
+    """Iterates with a tqdm bar and an ETA, plain lines every 10 s when stderr is no terminal; stops on a signal."""
+    total = total or len(iterable)
+    bar = tqdm(total=total, initial=start, desc=what, leave=False, file=sys.stderr, disable=not sys.stderr.isatty() or rank() > 0,
+               dynamic_ncols=True, mininterval=.5)
+    began = said = time.monotonic()
+    with bar:
+        for i, item in enumerate(iterable):
+            check_signals()
+            yield item
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and rank() == 0 and (now - said > 10 or (i == 0 and now - began > 2)):
+                said = now
+                left = (now - began) / (i + 1) * (total - start - i - 1)
+                print(f"{what}: {start + i + 1}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
+    check_signals()
+
+
+# ----------------------------------------------------------------------------- seeds, device, several GPUs
+
+def seed_of(*parts):
+    """A 63-bit seed from (seed, purpose, index, ...): the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def image_noise(seed, ids, shape, device):
+    """Standard normal noise (B, *shape), drawn image by image from (seed, id): no batch size or order changes it."""
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", i))) for i in ids]
+    return torch.stack(noise).to(device)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(config):
+    """Chooses the device, sets precision, joins the other processes under torchrun. Returns the torch.device."""
+    if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+        raise UserError(f"torch {torch.__version__} has known holes in reading weights: install 2.10 or later")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+        raise UserError(f"--device {name}: {str(fault).splitlines()[0]}; take auto or cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def autocast(config, device):
+    """bf16 on CUDA, float32 elsewhere, unless --amp says otherwise."""
+    on = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def average_gradients(parameters):
+    """Means the gradients over all processes (torchrun); nothing to do for one."""
+    if world() > 1:
+        for p in parameters:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= world()
+
+
+def all_rows(x):
+    """The rows (B, ...) of all processes, with gradients: a statistic of the batch must see the whole batch."""
+    return torch.cat(dist.nn.functional.all_gather(x)) if world() > 1 else x
+
+
+def gather(rows):
+    """Joins a dict of arrays, each process holding rows rank, rank + world, ... of the whole, in their order."""
+    if world() == 1:
+        return rows
+    shards = [None] * world()
+    dist.all_gather_object(shards, rows)
+    total = sum(len(next(iter(s.values()))) for s in shards)
+    joined = {k: np.empty((total, *v.shape[1:]), v.dtype) for k, v in rows.items()}
+    for r, shard in enumerate(shards):
+        for k, v in shard.items():
+            joined[k][r::world()] = v
+    return joined
+
+
+@torch.no_grad()
+def update_ema(ema, nets, decay, step):
+    """ema <- d ema + (1 - d) nets, d = min(decay, (1 + step) / (10 + step)); batch norm statistics included."""
+    d = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(ema.state_dict().values(), nets.state_dict().values()))
+    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - d)
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(b)
+
+
+# ----------------------------------------------------------------------------- a run's folder and its checkpoints
+
+def choose_folder(config, method, resume=None):
+    """The run's folder, not yet made. Raises UserError where another run's checkpoint would be overwritten."""
+    if resume is not None:
+        return Path(resume)
+    if config.output:
+        if (Path(config.output) / "last.pt").exists():
+            raise UserError(f"--output {config.output}: holds a run; add --resume to go on with it, or name another folder")
+        return Path(config.output)
+    out = [free_folder(ROOT / "runs" / f"{method}-{config.data}-{config.scale}-{config.recipe}-s{config.seed}")]
+    if world() > 1:
+        dist.broadcast_object_list(out)
+    return out[0]
+
+
+def free_folder(path):
+    """`path`, or the first of path-2, path-3, ... that is absent or empty."""
+    out, n = path, 1
+    while out.exists() and any(out.iterdir()):
+        n += 1
+        out = path.with_name(f"{path.name}-{n}")
+    return out
+
+
+def make_folder(out, config):
+    """Makes a folder with figures/ and config.json in it. Raises UserError where nothing can be written."""
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    except OSError as fault:
+        raise UserError(f"--output {out}: cannot write there ({fault.strerror}); name another folder") from None
+
+
+def result_folder(output, checkpoint, name, config):
+    """Where `eval` and `predict` write: --output, or the next free folder beside the checkpoint."""
+    out = Path(output) if output else free_folder(Path(checkpoint).resolve().parent / name)
+    make_folder(out, config)
+    return out
+
+
+def file_name(name):
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.-]+", "_", name)[-80:]
+
+
+def write(path, content):
+    """Writes text, bytes, or by a function(file) to a temporary file, fsync, os.replace: whole, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            content(f) if callable(content) else f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """Saves a dict of tensors and plain values. A full disk raises WorkError and leaves the file before it as it was."""
+    try:
+        write(path, lambda f: torch.save(content, f))
+    except (OSError, RuntimeError) as fault:                            # torch wraps the OSError of a failed write
+        reason = fault.strerror if isinstance(fault, OSError) else "the disk is full or not writable"
+        raise WorkError(f"{path}: cannot save: {reason}; the last good file is unchanged: make room, then --resume") from None
+
+
+def load_weights(path):
+    """Tensors and plain values from .pt .pth .ckpt (torch) or .safetensors. Runs no code from the file.
+
+    A torch file's zip entries must be stored (not compressed), no larger than the file together, and true to their CRC:
+    torch itself checks none of these. Raises UserError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{' (a folder: name the best.pt in it)' if path.is_dir() else ''}")
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        with open(path, "rb") as f:
+            if f.read(4) == b"PK\x03\x04":
+                check_zip(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: no weights file, or one that holds pickled code: refused, nothing was run") from None
+    except Exception as fault:                                          # torch raises at least six kinds on a damaged file
+        reason = (str(fault) or type(fault).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: damaged or no weights file ({reason}); restore it from a copy or train again") from None
+    return content.get("state_dict", content) if isinstance(content, dict) else content
+
+
+def check_zip(path):
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise ValueError("compressed or overlapping entries")
+        if bad := archive.testzip():
+            raise ValueError(f"checksum of {bad} is wrong: bits have changed")
+
+
+def read_safetensors(path):
+    """The safetensors format: 8-byte header length, JSON header, one block of bytes without holes or overlaps."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+             "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        if length > min(size - 8, 100_000_000):
+            raise ValueError("header longer than the file")
+        header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        end, tensors = 0, {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            dtype, shape = kinds[entry["dtype"]], entry["shape"]
+            if begin != end or any(not isinstance(n, int) or n < 0 for n in shape) \
+                    or stop - begin != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
+                raise ValueError(f"holes, overlaps or a wrong size at {name}")
+            end, data = stop, bytearray(f.read(stop - begin))
+            tensors[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        if 8 + length + end != size:
+            raise ValueError("bytes behind the last tensor")
+    return tensors
+
+
+def load_checkpoint(path, method):
+    """A checkpoint of this method, as `save` wrote it; UserError if it is anything else."""
+    content = load_weights(path)
+    if not isinstance(content, dict) or "method" not in content or "config" not in content:
+        raise UserError(f"{path}: not a checkpoint of this project (no method inside); take a run's best.pt or last.pt")
+    if content["method"] != method:
+        raise UserError(f"{path}: a checkpoint of {content['method']}: use python {content['method']}.py")
+    if content["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer version of this project (format {content['format']}): update")
+    return content
+
+
+def config_from(Config, content, **given):
+    """The Config stored in a checkpoint, with what is `given` on the command line in its place."""
+    known = {k: v for k, v in content["config"].items() if k in Config.__dataclass_fields__}
+    if given.get("data", known.get("data")) != known.get("data"):
+        known["root"] = ""                                              # the stored root is another data set's
+    config = Config(**known | given)
+    check(config)
+    return config
+
+
+def load_model(path, method, Config, build, given):
+    """A checkpoint's settings, EMA networks ready for use, facts (classes, channels, multilabel) and device."""
+    content = load_checkpoint(path, method)
+    config, facts = config_from(Config, content, **given), content["facts"]
+    device = start(config)
+    nets = build(config, facts)
+    try:
+        nets.load_state_dict(content["ema"])
+    except RuntimeError as fault:
+        raise UserError(f"{path}: its weights do not fit its settings ({str(fault).splitlines()[1].strip()[:100]})") from None
+    return config, nets.to(device, memory_format=torch.channels_last).eval(), facts, device
+
+
+def resume_folder(resume, output):
+    """The folder that `--resume [RUN]` means, checked to hold a last.pt."""
+    folder = Path(resume or output or "")
+    if not (resume or output):
+        raise UserError("--resume: say which run: --resume RUN, or --output RUN --resume")
+    folder = folder.parent if folder.name in ("last.pt", "best.pt") else folder
+    if not (folder / "last.pt").exists():
+        raise UserError(f"--resume {folder}: no last.pt there; a run saves its first at the end of its first epoch")
+    return folder
+
+
+def resume_config(Config, folder, method, given):
+    """A run's own Config. Only where it runs may change: other options that differ raise UserError."""
+    config = config_from(Config, load_checkpoint(folder / "last.pt", method))
+    for name, value in given.items():
+        if name not in ("root", "device") and value != getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run has {getattr(config, name)}, and a resumed run keeps its settings")
+    return dataclasses.replace(config, **given)
+
+
+class FiniteCheck:
+    """Stops a run at a loss or gradient that is not finite. On a GPU it looks every few steps, so as not to wait for each."""
+
+    def __init__(self, every):
+        self.every, self.waiting = every, []
+
+    def __call__(self, loss, norm, step, ids):
+        self.waiting.append((torch.stack([loss.detach().float(), norm.float()]), step, ids))
+        if len(self.waiting) >= self.every:
+            self.flush()
+
+    def flush(self):
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            for finite, (_, step, ids) in zip(torch.stack([w[0] for w in waiting]).isfinite().all(1).tolist(), waiting):
+                if not finite:
+                    raise WorkError(f"loss or gradient is not finite at step {step}, batch of {', '.join(ids[:3])}, ...; the last good "
+                                    "checkpoint is unchanged: look at these images, or lower --lr")
+
+
+class State:
+    """All that changes while a run trains: networks, their EMA, the optimizer, the position, the log."""
+    POSITION = ("step", "sums", "history", "best", "best_resnet")
+
+    def __init__(self, method, config, facts, nets, optimizer):
+        self.method, self.config, self.facts, self.nets, self.optimizer = method, config, facts, nets, optimizer
+        self.ema = copy.deepcopy(nets).eval().requires_grad_(False)
+        self.step = 0                                                   # batches so far; epochs so far: len(history)
+        self.sums, self.history, self.best, self.best_resnet = {}, [], {}, {}
+
+    def save(self, path):
+        if rank() == 0:
+            save(path, dict(format=FORMAT, method=self.method, config=dataclasses.asdict(self.config), facts=self.facts,
+                            nets=self.nets.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
+                            position={k: getattr(self, k) for k in self.POSITION}, threads=torch.get_num_threads(),
+                            torch=str(torch.__version__)))
+
+    def load(self, path):
+        content = load_checkpoint(path, self.method)
+        self.nets.load_state_dict(content["nets"])
+        self.ema.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        for k in self.POSITION:
+            setattr(self, k, content["position"][k])
+        device = next(self.nets.parameters()).device
+        self.sums = {k: v.to(device) for k, v in self.sums.items()}
+        if content["threads"] != torch.get_num_threads():               # sums split over other threads round otherwise
+            print(f"note: going on with {content['threads']} threads, as the run began", file=sys.stderr)
+            torch.set_num_threads(content["threads"])
+
+    def add(self, losses, weight):
+        """Sums losses over an epoch, on the device: scalars for their mean, (2, 10) for sum and count by tenths of t."""
+        for k, v in {**losses, "count": torch.ones_like(losses["loss"])}.items():
+            v = v.detach().float()
+            self.sums[k] = self.sums.get(k, 0) + (v * weight if v.ndim == 0 else v)
+
+    def means(self):
+        """The epoch's means; starts the next epoch's sums."""
+        sums, self.sums = {k: v.cpu() for k, v in self.sums.items()}, {}
+        count = sums.pop("count")
+        return {k: (v / count).item() if v.ndim == 0 else (v[0] / v[1]).tolist() for k, v in sums.items()}
+
+    def keep_best(self, row, select, path):
+        """Saves best.pt where the validation metric rose; keeps the plain ResNet's best weights by its own."""
+        for name, key in ((self.method, f"val_{select}"), ("resnet", f"val_resnet_{select}")):
+            if key in row and not row[key] <= self.best.get(name, {}).get("score", -math.inf):
+                self.best[name] = {"score": row[key], "epoch": row["epoch"]}
+                if name == "resnet":
+                    self.best_resnet = copy.deepcopy(self.ema.resnet.state_dict())
+                else:
+                    self.save(path)
+
+    def load_best(self, path):
+        """The EMA networks of the best epoch, the plain ResNet of its own best epoch; both are written back to best.pt."""
+        content = load_checkpoint(path, self.method)
+        content["ema"].update({f"resnet.{k}": v for k, v in self.best_resnet.items()})
+        self.ema.load_state_dict(content["ema"])
+        if rank() == 0:
+            save(path, content)
+
+    def close_epoch(self, row, out, total):
+        """Logs an epoch and saves last.pt; the log is written from the checkpoint's history, so that no line is lost or doubled."""
+        self.history.append(row)
+        self.save(out / "last.pt")
+        if rank() == 0:
+            write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+            shown = {k: v for k, v in row.items() if k in ("loss", "seconds") or k.endswith("accuracy") and "balanced" not in k}
+            print(f"epoch {row['epoch']}/{total}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
+
+
+def load_pretrained(net, path):
+    """ImageNet weights into a ResNet; UserError naming the tensor that does not fit."""
+    try:
+        load_backbone(net, load_weights(path))
+    except (ValueError, AttributeError) as fault:
+        raise UserError(f"--pretrained {path}: {fault}; needed: torchvision's ResNet-{net.depth} weights, --size 100 or more") from None
+
+
+def load_init(nets, path, method):
+    """Starts from the EMA weights of another run of this method; layers that do not fit (other classes) keep their own."""
+    given, own = load_checkpoint(path, method)["ema"], nets.state_dict()
+    fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    if not fits:
+        raise UserError(f"--init {path}: no tensor fits this network (another --scale or --width?)")
+    nets.load_state_dict(fits, strict=False)
+    new = [k for k in own if k not in fits]
+    print(f"--init: {len(fits)} of {len(own)} tensors from {path}" + (f"; new: {', '.join(new[:6])}" if new else ""))
+
+
+# ----------------------------------------------------------------------------- report
+
+def describe(config, data, method, nets, device):
+    """The first lines of a run: what is trained, on what, with how many images of which class."""
+    parameters = sum(p.numel() for p in nets.parameters())
+    print(f"{method} --scale {config.scale} --recipe {config.recipe}: {config.data}, {data.channels} x {config.size} x {config.size}, "
+          f"{parameters:,} parameters, {device}, seed {config.seed}")
+    for note in data.notes:
+        print(f"  {note}")
+    for name in ("train", "val", "test"):
+        split = getattr(data, name)
+        counts = split.labels.sum(0) if data.multilabel else np.bincount(split.labels, minlength=len(data.classes))
+        print(f"  {name:5} {len(split):6}  " + "  ".join(f"{c} {int(n)}" for c, n in zip(data.classes, counts)), flush=True)
+
+
+def commit():
+    """The git commit of this code, or 'unknown'."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def write_predictions(path, split, p, uncertainty, classes, labelled=True):
+    """predictions.csv: id,true,predicted,uncertainty,p:<class>,... `true` stays empty for images without a label."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["id", "true", "predicted", "uncertainty", *(f"p:{c}" for c in classes)])
+    for i, row in enumerate(p):
+        true = classes[int(split.labels[i])] if labelled else ""
+        table.writerow([split.ids[i], true, classes[int(row.argmax())], f"{uncertainty[i]:.6f}", *(f"{x:.6f}" for x in row)])
+    write(path, text.getvalue())
+
+
+def validation(split, predictions, method):
+    """A log row's validation metrics: val_accuracy, ... of the method, val_resnet_accuracy, ... of the others."""
+    row = {}
+    for name, p in predictions.items():
+        scores = metrics.summary(split.labels, p)
+        keys = ("accuracy", "balanced_accuracy", "f1_macro", "auroc") + (("nll", "ece") if name == method else ())
+        row |= {("val_" if name == method else f"val_{name}_") + k: scores[k] for k in keys}
+    return row
+
+
+def score(split, predictions, uncertainty, train_labels=None, ci=1000):
+    """Metrics of every model on one split: {"test": of the first model, "baselines": of the others, "bayes"}.
+
+    predictions: {model: probabilities (N, K)}, the method first; uncertainty (N,) belongs to the method.
+    """
+    (_, p), *others = predictions.items()
+    result = {"test": metrics.summary(split.labels, p, uncertainty=uncertainty, ci=ci), "baselines": {}}
+    if train_labels is not None:
+        majority = np.bincount(train_labels, minlength=p.shape[1]) / len(train_labels)
+        result["baselines"]["majority"] = metrics.summary(split.labels, np.tile(majority, (len(split), 1)))
+    for name, q in others:
+        result["baselines"][name] = metrics.summary(split.labels, q, ci=ci)
+    if split.posterior is not None:
+        result["bayes"] = metrics.summary(split.labels, split.posterior)
+    return result
+
+
+def report(state, out, result, specific, device):
+    """What metrics.json holds, and writes it."""
+    result = {"method": state.method, **{k: getattr(state.config, k) for k in ("data", "scale", "recipe", "seed")}, "commit": commit(),
+              "torch": str(torch.__version__), "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+              "threads": torch.get_num_threads(), "seconds": sum(row["seconds"] for row in state.history),
+              "params": sum(p.numel() for p in state.nets.parameters()), "selected_epoch": state.best[state.method]["epoch"],
+              **result, "method_specific": specific}
+    if rank() == 0:
+        write(out / "metrics.json", json.dumps(result, indent=1))
+    return result
+
+
+def table(method, result):
+    """The lines printed at the end: accuracy, macro F1, AUROC, ECE of the method beside its controls."""
+    rows = [(method, result["test"]), *result["baselines"].items()] + ([("Bayes optimum", result["bayes"])] if "bayes" in result else [])
+    lines = [f"{'':16}accuracy  macro F1     AUROC       ECE"]
+    return "\n".join(lines + [f"{name:14}" + "".join(f"{m[k]:10.3f}" for k in ("accuracy", "f1_macro", "auroc", "ece")) for name, m in rows])
+
+
+def draw(out, split, classes, predictions, uncertainty, history=None, panels=()):
+    """The pictures every run has: learning curves, confusion matrix, reliability, accuracy against coverage."""
+    figures, ((method, p), *others) = Path(out) / "figures", predictions.items()
+    if history:
+        plots.curves(figures / "curves.png", history, "Learning curves", panels)
+    plots.confusion(figures / "confusion.png", metrics.confusion_matrix(split.labels, p.argmax(1), len(classes)), classes, f"{method}: test split")
+    plots.reliability(figures / "reliability.png", *metrics.reliability_bins(split.labels, p), metrics.ece(split.labels, p), f"{method}: test split")
+    lines = {method: metrics.coverage_accuracy(p.argmax(1) == split.labels, uncertainty)}
+    for name, q in others:
+        lines[name] = metrics.coverage_accuracy(q.argmax(1) == split.labels, 1 - q.max(1))
+    plots.coverage(figures / "coverage.png", lines, "Accuracy when the most uncertain images are set aside")

@@ -1,0 +1,47 @@
+"""Noise schedules and the steps of the reverse process, as pure functions. Tables are float64; cast where they are used.
+
+Indices: t = 0..T-1 counts the noise levels that a network is trained on (the papers' t = 1..T); alpha_bar[t] is the share
+of signal variance left at level t. A reverse step goes from level t to s < t; s = -1 is the clean end, alpha_bar = 1.
+"""
+import torch
+
+
+def linear_alpha_bar(T=1000, beta_start=1e-4, beta_end=0.02):
+    """DDPM's linear schedule (Ho et al. 2020): alpha_bar (T,) float64, the product of 1 - beta."""
+    return (1 - torch.linspace(beta_start, beta_end, T, dtype=torch.float64)).cumprod(0)
+
+
+def respaced_timesteps(T, n):
+    """n levels spread evenly over 0..T-1, falling, first T-1 and (n > 1) last 0: respacing, not truncation."""
+    if not 1 <= n <= T:
+        raise ValueError(f"{n} steps: must lie in 1..{T}")
+    return torch.linspace(T - 1, 0, n, dtype=torch.float64).round().long() if n > 1 else torch.tensor([T - 1])
+
+
+def level(alpha_bar, t):
+    """alpha_bar at level t as a float; 1 at the clean end t = -1."""
+    return float(alpha_bar[t]) if t >= 0 else 1.0
+
+
+def posterior(ab_t, ab_s):
+    """q(y_s | y_t, y_0) of a process whose mean drifts from y_0 to a prior mean f (Han et al. 2022, CARD, eq. 8).
+
+    ab_t < ab_s: alpha_bar at the two levels. Returns g0, g1, g2, variance with mean = g0 y_0 + g1 y_t + g2 f.
+    g0 + g1 + g2 = 1; with f = 0 it is DDPM's posterior (Ho et al. 2020, eqs. 6-7); at ab_s = 1 it is (1, 0, 0), 0.
+    """
+    alpha = ab_t / ab_s                                                 # of the step: beta = 1 - alpha
+    g0 = (1 - alpha) * ab_s ** .5 / (1 - ab_t)
+    g1 = (1 - ab_s) * alpha ** .5 / (1 - ab_t)
+    g2 = 1 + (ab_t ** .5 - 1) * (alpha ** .5 + ab_s ** .5) / (1 - ab_t)
+    return g0, g1, g2, (1 - ab_s) / (1 - ab_t) * (1 - alpha)
+
+
+def ddpm_step(y_t, y0, noise, ab_t, ab_s, f=0.):
+    """Draws y_s from the posterior; `noise` is standard normal. The last step (ab_s = 1) returns y0 itself."""
+    g0, g1, g2, variance = posterior(ab_t, ab_s)
+    return g0 * y0 + g1 * y_t + g2 * f + variance ** .5 * noise
+
+
+def ddim_step(eps, y0, ab_s, f=0.):
+    """The deterministic step (Song et al. 2021, eta = 0): the same noise at the next level."""
+    return ab_s ** .5 * y0 + (1 - ab_s) ** .5 * eps + (1 - ab_s ** .5) * f

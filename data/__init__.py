@@ -1,0 +1,125 @@
+"""Data sets as arrays: `load(name, root)` decodes once and splits by patient, `Batches` turns a split into float batches."""
+from pathlib import Path
+
+import numpy as np
+
+from . import cache, folder, ham10000, splits, toy
+from .batches import Batches
+from .images import FITS, read_images, too_many_bad
+from .tables import Table
+from .types import DataError, DataSet, Split
+
+__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "read_images"]
+LOADERS = {"ham10000": ham10000.table, "folder": folder.table}
+NAMES = ("toy", *LOADERS)
+SPLIT_RULES = ("official", "group", "paper")
+
+
+def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=None, skip_bad=False, test_only=False,
+         classes=None, channels=None):
+    """A data set, decoded to `size` x `size` pixels and split: DataSet. Raises DataError for every mistake of a user.
+
+    name      one of NAMES
+    root      its folder; default data/raw/NAME
+    size      pixels a side; default 32 for toy sets, else 224
+    seed      of the toy images and of `limit`; no split depends on it
+    split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by patient
+              or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides
+    limit     at most this many images a split, each class its share and at least one, drawn before decoding
+    fit       "crop" the central square (default) or "squash" the whole picture
+    skip_bad  leave out files that are missing or cannot be read, and say how many; otherwise they are an error
+    test_only only test is wanted (train and val are None), so root may hold nothing else
+    classes   the class names in the order that the labels shall have, as a trained model knows them
+    channels  1 or 3; default as the pictures are
+    """
+    if name not in NAMES:
+        raise DataError(f"--data {name}: no such data set; known: {', '.join(NAMES)} (own images: --data folder --root DIR)")
+    if split not in SPLIT_RULES:
+        raise DataError(f"--split {split}: no such rule; known: {', '.join(SPLIT_RULES)}")
+    fit, size = fit or "crop", size or (32 if name == "toy" else 224)
+    if fit not in FITS:
+        raise DataError(f"--fit {fit}: no such way; known: {', '.join(FITS)}")
+    if not 8 <= size <= 2048:
+        raise DataError(f"--size {size}: must be 8..2048 pixels")
+    if name == "toy":
+        return _toy(seed, size, limit, classes)
+
+    root = Path(root or Path(__file__).parent / "raw" / name)
+    try:
+        table = LOADERS[name](root, split=split, test_only=test_only, skip_bad=skip_bad, classes=classes)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); check its permissions") from None
+    if classes:
+        _relabel(table, list(classes), root)
+    records, notes = table.records, table.notes
+    for part, (n, of) in zip(("test", "validation"), zip(splits.leaking(records), (("train or validation"), "train"))):
+        if n:
+            notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group keeps them apart")
+    if test_only:
+        records = [r for r in records if r.split == "test"]
+    records = _limited(records, limit, seed)
+    return _decoded(name, root, records, table, size, channels or table.channels, fit, skip_bad, test_only)
+
+
+def _limited(records, limit, seed):
+    """Records in the order train, val, test, so that each split is one piece of the array; at most `limit` of each."""
+    kept = []
+    for number, part in enumerate(splits.SPLITS):
+        inside = sorted((r for r in records if r.split == part), key=lambda r: r.id)
+        if limit and inside:
+            rows = splits.draw([r.label for r in inside], limit, np.random.default_rng([seed, number]))
+            inside = [inside[row] for row in rows]
+        kept += inside
+    return kept
+
+
+def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_only):
+    """Records -> DataSet: pictures from the cache, without those that cannot be read or that are on two sides."""
+    images, hashes, bad, notes = cache.load([r.path for r in records], size, channels, fit, name)
+    notes = table.notes + notes
+    if bad:
+        line = too_many_bad(list(bad.values()), len(records))
+        if not skip_bad:
+            raise DataError(line)
+        notes.append(f"{len(bad):,} of {len(records):,} images cannot be read and are left out, first: {next(iter(bad.values()))}")
+    sides = ["bad" if row in bad else r.split for row, r in enumerate(records)]
+    twice = splits.duplicates(hashes, sides)
+    for part, rows, of in zip(("train", "validation"), twice, ("validation or test", "test")):
+        if rows:
+            notes.append(f"{len(rows):,} {part} images dropped: pixel for pixel the same as one in {of}")
+    for row in (*bad, *twice[0], *twice[1]):
+        sides[row] = None
+    parts = {}
+    for part in ("test",) if test_only else splits.SPLITS:
+        rows = np.flatnonzero([side == part for side in sides])
+        if not len(rows):
+            raise DataError(f"{root}: no {part} images are left; check the folder, --split and --limit")
+        inside = [records[row] for row in rows]
+        known = any(r.group for r in inside)
+        piece = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows     # a view, if nothing was dropped
+        parts[part] = Split(images[piece], np.array([r.label for r in inside], np.int64), [r.id for r in inside],
+                            [r.group or r.id for r in inside] if known else None)
+    if not test_only and len(np.unique(parts["train"].labels)) < 2:
+        raise DataError(f"{root}: the training images are all of one class; check the folder and its table")
+    return DataSet(parts.get("train"), parts.get("val"), parts["test"], table.classes, False, channels, notes, name)
+
+
+def _relabel(table, classes, root):
+    """Labels in the order of `classes`; the data may lack some of them, never have others."""
+    if strange := [c for c in table.classes if c not in classes]:
+        raise DataError(f"{root}: has the class {', '.join(strange)}, the model knows only {', '.join(classes)}")
+    table.records = [r._replace(label=classes.index(table.classes[r.label])) for r in table.records]
+    table.classes = classes
+
+
+def _toy(seed, size, limit, classes):
+    """The toy set; for `limit`, a stratified draw out of somewhat more images, so that every class is there."""
+    data = toy.make(seed, size, {part: min(n, limit + 100) for part, n in toy.SIZES.items()} if limit else None)
+    if classes and list(classes) != data.classes:
+        raise DataError(f"--data toy has the classes {', '.join(data.classes)}, the model {', '.join(classes)}")
+    for number, part in enumerate(splits.SPLITS if limit else ()):
+        whole = getattr(data, part)
+        rows = splits.draw(whole.labels, limit, np.random.default_rng([seed, number]))
+        setattr(data, part, Split(whole.images[rows], whole.labels[rows], [whole.ids[i] for i in rows],
+                                  [whole.groups[i] for i in rows], whole.boxes[rows], whole.posterior[rows]))
+    return data

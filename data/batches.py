@@ -1,0 +1,102 @@
+"""Batches of a split: shuffled, augmented and scaled to [-1, 1] on the device, each a pure function of (seed, epoch, number)."""
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+AUGMENTATIONS = ("hflip", "vflip", "rotate")
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor                             # float32 (B, C, H, W) in [-1, 1]
+    y: torch.Tensor                             # int64 (B,), or float32 (B, K) for multi-label data
+    index: np.ndarray                           # int64 (B,): rows of the split
+
+    def split(self, n):
+        """n parts of nearly equal size, for gradient accumulation."""
+        return [Batch(*part) for part in zip(self.x.chunk(n), self.y.chunk(n), np.array_split(self.index, n))] \
+            if n > 1 else [self]
+
+
+class Batches:
+    """Iterates over the rest of the epoch that batch number `start` (counted over all epochs) belongs to.
+
+    train=True: every image once an epoch in an order drawn from (seed, epoch), in batches whose sizes differ by one at most
+    (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
+    augment: names out of "hflip", "vflip" (half of the images each) and "rotate" (-30..30 degrees, bilinear, black outside).
+    balanced: draws each class equally often, with replacement. rank, world: the share of one process out of several.
+    """
+
+    def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
+        if unknown := set(augment) - set(AUGMENTATIONS):
+            raise ValueError(f"augment {sorted(unknown)}: choose from {', '.join(AUGMENTATIONS)}")
+        self.split, self.device, self.train, self.augment = split, torch.device(device), train, augment if train else ()
+        self.seed, self.rank, self.world, n = seed, rank, world, len(split)
+        self.count = math.ceil(n / batch_size) if train else math.ceil(len(range(rank, n, world)) / batch_size)
+        self.epoch, self.start = divmod(start, self.count) if train else (0, start)
+        if train:
+            rng = np.random.default_rng([seed, 1, self.epoch])
+            order = self._balanced_order(rng) if balanced else rng.permutation(n)
+            self.indices = [rows[rank::world] for rows in np.array_split(order, self.count)]
+        else:
+            self.indices = np.array_split(np.arange(rank, n, world), range(batch_size, len(range(rank, n, world)), batch_size))
+        self.images = _resident(split, self.device)
+        self.labels = torch.from_numpy(split.labels)
+
+    def __len__(self):
+        """Batches in a whole epoch."""
+        return self.count
+
+    def _balanced_order(self, rng):
+        rows = [np.flatnonzero(self.split.labels == k) for k in np.unique(self.split.labels)]
+        return np.array([rng.choice(rows[k]) for k in rng.integers(len(rows), size=len(self.split))])
+
+    def _fetch(self, index):
+        if torch.is_tensor(self.images):
+            return self.images[torch.from_numpy(index).to(self.device)]
+        x = torch.from_numpy(np.ascontiguousarray(self.images[index]))
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+
+    def __iter__(self):
+        with ThreadPoolExecutor(1) as reader:                                   # reads one batch ahead
+            waiting = reader.submit(self._fetch, self.indices[self.start])
+            for number in range(self.start, self.count):
+                x = waiting.result().float() / 127.5 - 1
+                if number + 1 < self.count:
+                    waiting = reader.submit(self._fetch, self.indices[number + 1])
+                if self.augment:
+                    x = augment(x, self.augment, np.random.default_rng([self.seed, 2, self.epoch, number, self.rank]))
+                index = self.indices[number]
+                yield Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index)
+
+
+def augment(x, names, rng):
+    """Random flips and rotation of a batch (B, C, H, W) in [-1, 1] in one resampling; all numbers come from `rng`."""
+    B = len(x)
+    flip = np.stack([np.where((name in names) & (rng.random(B) < .5), -1., 1.) for name in ("hflip", "vflip")], 1)
+    angle = rng.uniform(-np.pi / 6, np.pi / 6, B) * ("rotate" in names)
+    if "rotate" not in names:                                                   # exact, no resampling
+        for column, dim in ((0, 3), (1, 2)):
+            x = torch.where(torch.from_numpy(flip[:, column] < 0).to(x.device).view(B, 1, 1, 1), x.flip(dim), x)
+        return x
+    aspect = x.shape[3] / x.shape[2]
+    cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(B)
+    theta = np.stack([np.stack([cos * flip[:, 0], -sin / aspect * flip[:, 1], zero], 1),
+                      np.stack([sin * aspect * flip[:, 0], cos * flip[:, 1], zero], 1)], 1)
+    grid = F.affine_grid(torch.from_numpy(theta).float().to(x.device), x.shape, align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1                  # + 1: what lies outside becomes black
+
+
+def _resident(split, device):
+    """The split's images on the GPU, uploaded once, if they take less than 40 % of its free memory; else where they are."""
+    if device.type != "cuda":
+        return split.images
+    held = getattr(split, "_on_device", None)
+    if held is None:
+        if split.images.nbytes > .4 * torch.cuda.mem_get_info(device)[0]:
+            return split.images
+        held = split._on_device = torch.from_numpy(np.array(split.images)).to(device)
+    return held

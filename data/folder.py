@@ -1,0 +1,173 @@
+"""A folder per class: your own images, no edit anywhere.
+
+    ROOT/{train,val,test}/CLASS/**.png      the splits as given (val is also called valid or validation)
+    ROOT/CLASS/**.png                       splits are carved: 30 % test, 10 % validation
+    ROOT/classes.txt                        optional: the classes in order, a line each (grades need it); else sorted, 2_x before 10_x
+    ROOT/groups.csv                         optional: file,group with the patient of each file, path below ROOT or file name
+"""
+import random
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from .images import EXTENSIONS, FORMATS, GREY_MODES, find_images, follow
+from .splits import SPLITS, assign
+from .tables import Record, Table, missing_columns, read_table
+from .types import DataError
+
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+EXPECTED = "expected ROOT/CLASS/*.png or ROOT/{train,val,test}/CLASS/*.png with two classes or more"
+
+
+def table(root, split="official", test_only=False, skip_bad=False, classes=None):
+    """The Table of the folders below `root`; `data.load` describes the splits.
+
+    test_only: root holds test/CLASS, or else all of ROOT/CLASS is test. Raises DataError for what is missing or does not fit.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; {EXPECTED}")
+    notes = []
+    given = {PARTS[p.name.lower()]: p for p in _folders(root) if p.name.lower() in PARTS}
+    flat = "train" not in given and any(p.name.lower() not in PARTS for p in _folders(root))
+    if flat:
+        given = {"test" if test_only else "all": root}
+    elif test_only and "test" in given:
+        given = {"test": given["test"]}
+    elif "train" not in given and given:
+        raise DataError(f"{root}: holds only {', '.join(p.name for p in given.values())}; `eval` takes a test set, "
+                        f"training needs train/CLASS too")
+    found = [(part, path.name, image) for part, place in given.items() for path in _folders(place) for image in _images(path, notes)]
+    if not found:
+        loose = " (images lie in the folder itself: sort them into a folder per class)" if find_images(root) else ""
+        raise DataError(f"{root}: no images in class folders{loose}; {EXPECTED}; extensions {' '.join(EXTENSIONS)}")
+    classes = classes or _class_order(root, {name for _, name, _ in found}, notes)
+    if strange := {name for _, name, _ in found} - set(classes):
+        raise DataError(f"{root}: class folder {_list(strange)} is none of the classes {_list(classes)}; rename or remove it")
+    if len(classes) < 2:
+        raise DataError(f"{root}: one class only ({_list(classes)}); {EXPECTED}; is --root one folder too high or too low?")
+    group_of = _read_groups(root, [image for _, _, image in found], notes)
+    records = [Record(image, classes.index(name), group_of.get(image), image.relative_to(root).as_posix(), part)
+               for part, name, image in found]
+    if test_only and set(given) == {"test"}:
+        notes.append(f"test set: every image below {given['test']}")
+    else:
+        records = _split(root, records, split, notes)
+        _check_classes(root, records, classes, carved=len(given) < 3 or split != "official")
+    return Table(records, list(classes), _channels([r.path for r in records]), notes)
+
+
+def _split(root, records, split, notes):
+    """Keeps the given splits of "official", carves those that lack; carves all three for "group" and "paper"."""
+    parts = {record.split for record in records}
+    unit = "patients (groups.csv)" if any(r.group for r in records) else "images"
+    if split == "paper" or split == "group" or parts == {"all"}:
+        if split == "official":
+            notes.append("no train and test folders: split group instead")
+        unit = "images" if split == "paper" else unit
+        notes.append(f"split {'paper' if split == 'paper' else 'group'}: 30 % of the {unit} of each class are test, 10 % validation")
+        return assign(records, by_group=split != "paper")
+    train = [r for r in records if r.split == "train"]
+    rest = [r for r in records if r.split != "train"]
+    lacking = [p for p in ("val", "test") if p not in parts]
+    if lacking:
+        train = assign(train, test=.3 * ("test" in lacking), val=.1 * ("val" in lacking))
+        share = " and ".join(f"{'10' if p == 'val' else '30'} % as {p}" for p in lacking)
+        notes.append(f"split official: the folders as given; {share} carved from train, by {unit} within each class")
+    else:
+        notes.append("split official: the folders as given")
+    return train + rest
+
+
+def _check_classes(root, records, classes, carved):
+    """Every class must be in every split."""
+    for part in SPLITS:
+        there = {r.label for r in records if r.split == part}
+        if lacking := [name for k, name in enumerate(classes) if k not in there]:
+            has = {p: sum(r.split == p and r.label == classes.index(lacking[0]) for r in records) for p in SPLITS}
+            counts = ", ".join(f"{n:,} in {p}" for p, n in has.items())
+            remedy = "to carve splits a class needs at least 3 images (of 3 patients, if groups.csv names them)" if carved else \
+                "give every class to each of train, val and test, or take --split group"
+            raise DataError(f"{root}: {part} lacks the class {_list(lacking)} (images of {lacking[0]}: {counts}); {remedy}")
+
+
+def _folders(path):
+    return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"),
+                  key=lambda p: _natural(p.name))
+
+
+def _images(folder, notes):
+    found = find_images(folder)
+    if not found:
+        notes.append(f"{folder}: no images, so it is no class")
+    return found
+
+
+def _natural(name):
+    """Sort key by which 2_moderate comes before 10_severe."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part], name
+
+
+def _class_order(root, names, notes):
+    """The classes in the order of classes.txt, or in natural order."""
+    path = root / "classes.txt"
+    if not path.is_file():
+        return sorted(names, key=_natural)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); a class a line, in UTF-8") from None
+    classes = [line for line in lines if line]
+    if len(set(classes)) < len(classes) or set(classes) != names:
+        raise DataError(f"{path}: lists {_list(classes)}, the folders are {_list(sorted(names))}; a line each, once")
+    notes.append(f"class order from classes.txt: {_list(classes)}")
+    return classes
+
+
+def _read_groups(root, images, notes):
+    """{path: patient} by groups.csv; a file is named by its path below root, or by its bare name where that is unique."""
+    path = root / "groups.csv"
+    if not path.is_file():
+        notes.append("no patient ids are known: each image counts as its own patient, so one patient may be on two sides; "
+                     "if you know them, add groups.csv (columns file,group) to the folder")
+        return {}
+    columns, rows = read_table(path)
+    if not {"file", "group"} <= set(columns):
+        raise DataError(missing_columns(path, columns, "file,group"))
+    by_name = {}
+    for image in images:
+        by_name.setdefault(image.name, []).append(image)
+    by_path = {image.relative_to(root).as_posix(): image for image in images}
+    groups, unknown = {}, []
+    for number, cells in rows:
+        name, group = cells["file"].replace("\\", "/").removeprefix("./"), cells["group"]
+        matches = [by_path[name]] if name in by_path else by_name.get(name, [])
+        if len(matches) > 1:
+            raise DataError(f"{path}: line {number}: {name} is the name of {len(matches)} files; give the path below {root}")
+        if not matches:
+            unknown.append(name)
+        elif groups.setdefault(matches[0], group) != group:
+            raise DataError(f"{path}: line {number}: {name} has two groups, {groups[matches[0]]} and {group}; keep one")
+    groups = {image: group for image, group in groups.items() if group}
+    if unknown:
+        notes.append(f"groups.csv names {len(unknown):,} files that are not there, first: {unknown[0]}")
+    if len(groups) < len(images):
+        notes.append(f"groups.csv has no group for {len(images) - len(groups):,} images: each counts as its own patient")
+    return groups
+
+
+def _channels(paths):
+    """1 if all of up to 64 pictures, drawn with a fixed seed, are grey by their header; else 3."""
+    for path in random.Random(0).sample(paths, min(64, len(paths))):
+        try:
+            with Image.open(follow(path), formats=FORMATS) as image:
+                if image.mode not in GREY_MODES:
+                    return 3
+        except Exception:                               # what cannot be read is named when it is decoded
+            pass
+    return 1
+
+
+def _list(names):
+    return ", ".join(map(str, sorted(names) if isinstance(names, set) else names))

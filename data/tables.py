@@ -1,0 +1,72 @@
+"""What a loader finds before any picture is decoded: a record an image, and the reader of the tables (CSV) that tell of them."""
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .types import DataError
+
+
+class Record(NamedTuple):
+    path: Path
+    label: int                                  # index into the classes
+    group: str | None                           # patient or lesion, None where it is not known
+    id: str                                     # unique
+    split: str                                  # "train", "val" or "test"
+
+
+@dataclass
+class Table:
+    records: list
+    classes: list
+    channels: int
+    notes: list = field(default_factory=list)
+
+
+def read_table(path):
+    """A CSV or tab-separated file -> (column names in lower case, rows as (line number, {name: value})), everything stripped.
+
+    Byte-order marks, CR LF, blank lines, unnamed columns and a header repeated in the body do no harm.
+    Raises DataError for a file that is no such table, and for a line with too few fields.
+    """
+    lines = [(number, row) for number, row in _lines(path) if any(row)]
+    if not lines:
+        raise DataError(f"{path}: the table is empty; download it again")
+    header = lines[0][1]
+    names = [name.lower() for name in header]
+    place = {name: names.index(name) for name in names if name}         # the first of two equal names
+    rows = []
+    for number, row in lines[1:]:
+        if row == header:
+            continue
+        if len(row) <= max(place.values()):
+            raise DataError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; download the file again")
+        rows.append((number, {name: row[i] for name, i in place.items()}))
+    return list(place), rows
+
+
+def read_columns(path):
+    """The column names of a table in lower case; of the first line alone, for some tables hold pixels."""
+    return [name.lower() for name in next((row for _, row in _lines(path, header_only=True)), []) if name]
+
+
+def _lines(path, header_only=False):
+    """(line number, stripped cells) of each row."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first = file.readline(10**6)
+            file.seek(0)
+            reader = csv.reader([first] if header_only else file, delimiter="\t" if first.count("\t") > first.count(",") else ",")
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read as a table ({reason}); save it as CSV in UTF-8") from None
+    if any("\0" in cell for _, row in lines for cell in row):
+        raise DataError(f"{path}: holds NUL bytes, so it is no text; save it as CSV in UTF-8")
+    return lines
+
+
+def missing_columns(path, columns, needed):
+    """The line for a table without its columns."""
+    shown = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
+    return f"{path}: has the columns {shown or 'none'}; needed: {needed}"

@@ -1,0 +1,35 @@
+"""What every loader returns: a DataSet of three Splits, and the error that names a user's mistake."""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class DataError(Exception):
+    """A user's mistake about data, in one line: what, where, remedy. The command line prints it and exits with 2."""
+
+
+@dataclass
+class Split:
+    """Images and what is known of them, row by row."""
+    images: np.ndarray                          # uint8 (N, C, H, W), may be a memory map
+    labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data
+    ids: list                                   # N unique names
+    groups: list | None = None                  # patient or lesion of each image
+    boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels
+    posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
+
+    def __len__(self):
+        return len(self.labels)
+
+
+@dataclass
+class DataSet:
+    """Three splits and the facts that a network needs."""
+    train: Split | None
+    val: Split | None
+    test: Split | None
+    classes: list
+    multilabel: bool
+    channels: int
+    notes: list = field(default_factory=list)   # one line each: split rule, duplicates dropped, no patient ids, ...
+    name: str = ""

@@ -1,0 +1,604 @@
+"""DiffMIC: diffusion on the label vector of an image, guided by a global and a local prior.
+
+Yang et al., "DiffMIC: Dual-Guidance Diffusion Network for Medical Image Classification", MICCAI 2023, arXiv 2303.10610.
+What is noised is not the image but its one-hot label y_0 in R^C. A guide (DCG) looks at the image x twice, as a whole and
+through six small regions, and gives two priors y_g, y_l: class probabilities. A denoiser, which sees the image's embedding
+rho(x) and both priors, learns the noise eps in y_t. At test time y_T starts as noise around the priors' mean and is
+denoised step by step; the class is the largest entry of y_0, its probability the mean over several such draws.
+
+    p(y_T) = N((y_g + y_l) / 2, I)                                                             eq. 1   `sample`
+    y_t = sqrt(ab_t) y_0 + sqrt(1 - ab_t) eps + (1 - sqrt(ab_t)) f,   f the priors' mean       eq. 2   `q_sample`
+    eps_hat = D(E(proj([y_t, y_g, y_l]), rho(x), t), t)                                        eq. 3   `Denoiser`
+    L_eps = |eps - eps_hat|^2                                                                  eq. 4   `loss`
+    L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`
+    L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
+
+B images, C classes, S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar.
+
+    python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
+    python diffmic.py --data ham10000 --root DIR           # the paper's run at full size, for a CUDA GPU
+    python diffmic.py --data folder --root DIR --scale small      # your own images, a folder per class
+    python diffmic.py eval --checkpoint RUN/best.pt
+    python diffmic.py predict --checkpoint RUN/best.pt a.jpg folder/
+
+Read differently from the paper, and why
+ 1. Eq. 2 adds the priors, eq. 1 averages them; only the mean makes y_T of eq. 2 and eq. 1 agree. --prior-mean sum | geometric.
+ 2. The priors are softmax probabilities, the mean is taken after the softmax; the paper does not say.
+ 3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. --prior-input fused is the authors' 2C.
+ 4. "UNet" E, D is an MLP without skips; the image embedding has batch norm but no Softplus, as in the authors' code.
+ 5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250
+    of 1000, where y has variance 0.47 and the chain starts from 1: see tests/test_diffmic.py for what an oracle makes of it.
+ 6. The guide gets no gradient from the diffusion loss (the authors compute it and throw it away). --end-to-end keeps it.
+ 7. Regions are cut in colour (the authors cut the red channel) and found by one batched search on the device.
+Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
+split, not on the test set; a constant saliency map gives boxes, not NaN; metrics over the whole set, not means of batches.
+`--recipe plus` adds to the paper's: the mean of many draws, cosine decay and deep supervision for the guide.
+"""
+# ============================================================================= 2 imports
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import plots, run
+from common.mmd import mmd_rbf
+from common.resnet import ResNet
+from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, respaced_timesteps
+from data import Batches, DataError, Split, load, read_images
+
+METHOD = "diffmic"
+
+
+# ============================================================================= 3 settings
+@dataclass
+class Config:
+    """Every setting; the defaults are the paper's. SMALL, PLUS and BY_DATA replace some; the command line wins."""
+    # --- data ---
+    data: str = "toy"  # data set: toy, ham10000, or folder (a folder per class)
+    root: str = ""  # where it lies; none: data/raw/NAME
+    size: int = 224  # [28..2048] pixels a side; 32 for toy, 64 for --scale small
+    split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
+    fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
+    limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
+    skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
+    augment: str = "hflip,rotate"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
+    balanced: bool = False  # draw every class equally often
+    # --- model ---
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the guide's backbones
+    init: str = ""  # checkpoint of another run to start from (fine-tuning)
+    # --- training ---
+    epochs: int = 1000  # [1..] passes over the training images; caps --pretrain-epochs as well
+    pretrain_epochs: int = 10  # [0..] passes before them: the guide's warm-up
+    batch_size: int = 32  # [1..] images a step, over all processes
+    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory
+    eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
+    lr: float = 1e-3  # [0..] peak learning rate of Adam
+    warmup: float = 0.04  # [0..1] share of the steps over which it rises, before a cosine to 0
+    clip: float = 1.0  # [0..] largest gradient norm; 0: no clipping
+    ema: float = 0.9999  # [0..1] decay of the weights' moving average, which is what is evaluated
+    baseline: bool = True  # train a plain ResNet on the same batches, as a control
+    select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc"] = "accuracy"  # validation metric that picks the epoch
+    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
+    compile: bool = False  # torch.compile the networks: slower start, faster steps
+    # --- output ---
+    output: str = ""  # the run's folder; none: the next free runs/METHOD-DATA-SCALE-RECIPE-sSEED
+    # --- method ---
+    variant: Literal["full", "c2", "c1", "basic", "dcg"] = "full"  # Table 2: no MMD (c2), nor guide (c1), nor diffusion (basic); dcg: guide alone
+    width: int = 64  # [8..] channels in the first stage of every ResNet
+    guide_depth: Literal[18, 50] = 50  # layers of the guide's two ResNets
+    hidden: int = 6144  # [1..] F, units of the denoiser
+    rois: int = 6  # [1..] K, regions an image for the local prior
+    roi_size: int = 0  # [0..] their side in pixels; 0: size / 7
+    guide_lr: float = 2e-4  # [0..] learning rate of the guide
+    guide_schedule: Literal["constant", "cosine"] = "constant"  # of the guide's learning rate
+    deep_supervision: bool = False  # cross-entropy on each prior as well as on their fusion
+    end_to_end: bool = False  # let the diffusion loss train the guide
+    mmd_weight: float = 0.5  # [0..] lambda of eq. 6
+    timesteps: int = 1000  # [2..] T, noise levels in training
+    antithetic: bool = True  # draw t in pairs t, T-1-t
+    prior_mean: Literal["mean", "sum", "geometric"] = "mean"  # f of eq. 2
+    prior_input: Literal["both", "fused"] = "both"  # the denoiser's input: [y_t, y_g, y_l], or [y_t, f]
+    steps: int = 250  # [1..] of the reverse process, spread over T
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or deterministic given y_T
+    samples: int = 1  # [1..] S, draws averaged for a prediction
+    uncertainty: Literal["entropy", "margin", "spread"] = "entropy"  # what predictions are ranked by
+
+
+SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, width=8, guide_depth=18, hidden=256, steps=20,
+             guide_lr=2e-3, lr=2e-3, warmup=0.1)
+PLUS = dict(samples=20, guide_schedule="cosine", deep_supervision=True)
+BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "ham10000": dict(steps=250), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"),
+           "pmg2000": dict(steps=100)}
+
+
+def configure(**given):
+    """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
+    return run.configure(Config, given, SMALL, PLUS, BY_DATA)
+
+
+# ============================================================================= 4 the method
+def q_sample(y0, f, eps, a, s):
+    """Eq. 2: labels y0, prior mean f and noise eps (B, C), a = sqrt(ab_t) and s = sqrt(1 - ab_t) (B, 1) -> y_t (B, C)."""
+    return a * y0 + s * eps + (1 - a) * f
+
+
+def prior_mean(y_g, y_l, mode="mean"):
+    """f, the mean of p(y_T) in eq. 1, from probabilities (B, C)."""
+    if mode == "sum":                                                   # eq. 2 to the letter: its entries sum to 2
+        return y_g + y_l
+    if mode == "geometric":                                             # softmax of the mean of the logits: the authors' code
+        return ((y_g.clamp_min(1e-30).log() + y_l.clamp_min(1e-30).log()) / 2).softmax(1)
+    return (y_g + y_l) / 2
+
+
+def draw_timesteps(B, T, antithetic, device):
+    """t uniform on 0..T-1, (B,); antithetic: in pairs t, T-1-t, which evens out the levels within a batch."""
+    if not antithetic:
+        return torch.randint(T, (B,), device=device)
+    t = torch.randint(T, (B // 2 + 1,), device=device)
+    return torch.cat([t, T - 1 - t])[:B]
+
+
+def loss(nets, config, x, y0, y_g, y_l):
+    """Eqs. 4-6 for images x, one-hot labels y0 and priors y_g, y_l (B, C) -> dict of scalars, and eps by tenths of t."""
+    B, C = y0.shape
+    t = draw_timesteps(B, config.timesteps, config.antithetic, x.device)
+    eps = torch.randn_like(y0)
+    a, s = nets.sqrt_ab[t, None], nets.sqrt_1m_ab[t, None]
+    rho = nets.encoder(x)                                               # once, for the three branches
+
+    def branch(y_g, y_l, f):
+        return nets.denoiser(q_sample(y0, f, eps, a, s), y_g, y_l, f, rho, t).float()
+
+    error = (branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean)) - eps) ** 2
+    losses = {"eps": error.mean()}                                      # eq. 4
+    if config.mmd_weight and config.variant == "full":
+        n = run.all_rows(eps)
+        for name, y in (("mmd_g", y_g), ("mmd_l", y_l)):                # eq. 5: one prior in both places
+            losses[name] = mmd_rbf(n, run.all_rows(branch(y, y, y)), bandwidth=C)
+    losses["diffusion"] = losses["eps"] + config.mmd_weight * (losses.get("mmd_g", 0) + losses.get("mmd_l", 0))     # eq. 6
+    tenth = F.one_hot(t * 10 // config.timesteps, 10).float()
+    losses["eps_by_t"] = torch.stack([tenth.T @ error.detach().mean(1), tenth.sum(0)])
+    return losses
+
+
+def fuse(guide):
+    """The guide's own probabilities (B, C): softmax of the mean of both logits."""
+    return ((guide.y_g + guide.y_l).float() / 2).softmax(1)
+
+
+def guide_loss(config, guide, y):
+    """Cross-entropy of the fused prior; with deep supervision of each prior as well."""
+    total = F.cross_entropy((guide.y_g + guide.y_l) / 2, y)
+    if config.deep_supervision:
+        total = total + F.cross_entropy(guide.y_g, y) + F.cross_entropy(guide.y_l, y)
+    return total
+
+
+def train_step(nets, config, batch, joint):
+    """One batch -> dict of losses; "loss" is what is differentiated. joint=False: the guide's warm-up."""
+    x, y, losses = batch.x, batch.y, {}
+    C = nets.classes
+    if nets.resnet is not None:                                         # the control: shares images, not weights
+        losses["resnet"] = F.cross_entropy(nets.resnet(x), y)
+    y_g = y_l = torch.zeros(len(x), C, device=x.device)                 # c1: a prior of nothing
+    if nets.guide is not None:
+        guide = nets.guide(x)
+        losses["guide"] = guide_loss(config, guide, y)
+        y_g, y_l = guide.y_g.float().softmax(1), guide.y_l.float().softmax(1)
+        if not config.end_to_end:
+            y_g, y_l = y_g.detach(), y_l.detach()
+    if nets.denoiser is not None and joint:
+        losses |= loss(nets, config, x, F.one_hot(y, C).float(), y_g, y_l)
+    losses["loss"] = sum(losses[k] for k in ("resnet", "guide", "diffusion") if k in losses)
+    return losses
+
+
+def sample(denoiser, rho, y_g, y_l, f, noise, alpha_bar, timesteps, sampler="ddpm"):
+    """The reverse process: rho (B, F), priors and f (B, C), noise (B, n, C), n falling levels -> y_0 (B, C).
+
+    y_T ~ N(f, I) (eq. 1); each step predicts y_0 from eps_hat, then draws y_{t-1} from the posterior. No clipping.
+    """
+    y = f + noise[:, 0]
+    levels = [int(t) for t in timesteps] + [-1]
+    for i, (t, s) in enumerate(zip(levels, levels[1:])):
+        ab_t, ab_s = level(alpha_bar, t), level(alpha_bar, s)
+        eps = denoiser(y, y_g, y_l, f, rho, torch.full((len(y),), t, device=y.device)).float()
+        y0 = (y - (1 - ab_t ** .5) * f - (1 - ab_t) ** .5 * eps) / ab_t ** .5
+        if sampler == "ddim":
+            y = ddim_step(eps, y0, ab_s, f)
+        else:
+            y = ddpm_step(y, y0, noise[:, i + 1] if s >= 0 else 0., ab_t, ab_s, f)
+    return y
+
+
+class Prediction(NamedTuple):
+    p: torch.Tensor                     # (B, C) probabilities: the mean of the draws, made non-negative, summing to 1
+    entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
+    margin: torch.Tensor                # (B,) 1 - (largest p - second)
+    spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
+    guide: torch.Tensor | None          # (B, C) the guide's own probabilities, from the fused logits
+
+
+def classify(nets, config, x, noise):
+    """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image."""
+    B, S, _, C = noise.shape
+    y_g = y_l = torch.zeros(B, C, device=x.device)
+    guide_p = None
+    if nets.guide is not None:
+        guide = nets.guide(x)
+        y_g, y_l = guide.y_g.float().softmax(1), guide.y_l.float().softmax(1)
+        guide_p = fuse(guide)
+    if nets.denoiser is not None:
+        rho, f = nets.encoder(x), prior_mean(y_g, y_l, config.prior_mean)
+        many = [a.repeat_interleave(S, 0) for a in (rho, y_g, y_l, f)]
+        timesteps = respaced_timesteps(config.timesteps, config.steps)
+        y0 = sample(nets.denoiser, *many, noise.flatten(0, 1), linear_alpha_bar(config.timesteps), timesteps, config.sampler)
+        y0 = y0.view(B, S, C)
+        p = y0.mean(1).clamp_min(1e-3)                                  # E[y_0 | x] = p(class | x), up to what the net gets wrong
+        p = p / p.sum(1, keepdim=True)
+    else:
+        p = guide_p if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
+        y0 = p[:, None]
+    top = p.topk(2, 1).values
+    entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(C)
+    spread = (y0.argmax(2) != p.argmax(1, keepdim=True)).float().mean(1)
+    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guide_p)
+
+
+# ============================================================================= 5 networks
+class Guide(NamedTuple):
+    y_g: torch.Tensor                   # (B, C) logits of the whole image
+    y_l: torch.Tensor                   # (B, C) logits of the regions
+    saliency: torch.Tensor              # (B, C, h, w) class saliency maps
+    boxes: torch.Tensor                 # (B, K, 2) upper left corners in pixels: row, column
+    attention: torch.Tensor             # (B, K) weights of the regions, summing to 1
+
+
+class DCG(nn.Module):
+    """Dual-granularity conditional guidance (section 2.1, after GMIC): the priors of an image."""
+
+    def __init__(self, config, channels, classes):
+        super().__init__()
+        make = lambda: ResNet(config.guide_depth, channels, 0, config.width, stem(config), bool(config.pretrained))
+        self.global_net, self.local_net = make(), make()
+        dim = self.global_net.dim
+        self.to_saliency = nn.Conv2d(dim, classes, 1, bias=False)
+        self.attention_v = nn.Linear(dim, 128, bias=False)              # gated attention (Ilse et al. 2018, eq. 9)
+        self.attention_u = nn.Linear(dim, 128, bias=False)
+        self.attention_w = nn.Linear(128, 1, bias=False)
+        self.to_local = nn.Linear(dim, classes, bias=False)
+        self.rois, self.roi_size = config.rois, config.roi_size or round(config.size / 7)
+
+    def forward(self, x):
+        saliency = self.to_saliency(self.global_net.features(x))
+        boxes = find_rois(saliency.detach().float(), x.shape[2:], self.roi_size, self.rois)
+        crops = crop(x, boxes, self.roi_size)                           # (B, K, channels, s, s)
+        h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
+        score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
+        attention = score.softmax(1)                                    # (B, K, 1)
+        y_l = self.to_local((attention * h).sum(1))
+        return Guide(saliency.mean((2, 3)), y_l, saliency, boxes, attention[..., 0])
+
+
+def find_rois(saliency, image_size, size, count):
+    """Upper left corners (B, K, 2) in pixels of the K most salient windows of `size` pixels, greedily, without overlap.
+
+    Maps (B, C, h, w) are min-max normalised by class and summed; a window covers round(size h / H) cells and is scored by
+    its mean. K = min(count, windows). At 224 pixels, 32-pixel windows and a 7 x 7 map these are the 6 largest cells. No
+    gradient and no device synchronisation. Once no free window is left, overlapping ones are taken, never one twice.
+    """
+    (B, _, h, w), (H, W) = saliency.shape, image_size
+    low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
+    heat = ((saliency - low) / (high - low).clamp_min(1e-12)).sum(1, keepdim=True)      # a constant map: 0, not NaN
+    kh, kw = min(h, max(1, round(size * h / H))), min(w, max(1, round(size * w / W)))
+    score = F.avg_pool2d(heat, (kh, kw), 1)[:, 0]                       # (B, rows, columns) of windows
+    rows, columns = score.shape[1:]
+    r, c = torch.meshgrid(torch.arange(rows, device=heat.device), torch.arange(columns, device=heat.device), indexing="ij")
+    found = []
+    for _ in range(min(count, rows * columns)):
+        best = score.flatten(1).argmax(1)
+        row, column = (best // columns).view(B, 1, 1), (best % columns).view(B, 1, 1)
+        overlap = ((r - row).abs() < kh) & ((c - column).abs() < kw)
+        score = score.masked_fill((r == row) & (c == column), -torch.inf) - 1e4 * overlap
+        found.append(torch.stack([row.flatten(), column.flatten()], 1))
+    corner = torch.stack(found, 1) * torch.tensor([H / h, W / w], device=heat.device)
+    centred = corner + (torch.tensor([kh * H / h, kw * W / w], device=heat.device) - size) / 2
+    limit = torch.tensor([H - size, W - size], device=heat.device)
+    return centred.round().long().clamp_min(0).minimum(limit)
+
+
+def crop(x, corners, size):
+    """Windows (B, K, channels, size, size) of images x (B, channels, H, W), all at once."""
+    reach = torch.arange(size, device=x.device)
+    rows, columns = corners[..., 0, None] + reach, corners[..., 1, None] + reach        # (B, K, size)
+    image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
+    return x.permute(0, 2, 3, 1)[image, rows[..., None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
+
+
+class ImageEncoder(nn.Module):
+    """rho(x): ResNet-18 -> Linear -> BatchNorm, (B, channels, H, W) -> (B, F)."""
+
+    def __init__(self, config, channels):
+        super().__init__()
+        self.net = ResNet(18, channels, 0, config.width, stem(config))
+        self.project = nn.Linear(self.net.dim, config.hidden)
+        self.norm = nn.BatchNorm1d(config.hidden)
+
+    def forward(self, x):
+        return self.norm(self.project(self.net.features(x).mean((2, 3))))
+
+
+class TimedLinear(nn.Module):
+    """Linear, times a learned embedding of t."""
+
+    def __init__(self, n_in, n_out, timesteps):
+        super().__init__()
+        self.linear, self.embed = nn.Linear(n_in, n_out), nn.Embedding(timesteps, n_out)
+        nn.init.uniform_(self.embed.weight)
+
+    def forward(self, x, t):
+        return self.linear(x) * self.embed(t)
+
+
+class Denoiser(nn.Module):
+    """Eq. 3: eps_hat (B, C) from y_t, the priors, rho(x) (B, F) and t (B,)."""
+
+    def __init__(self, config, classes):
+        super().__init__()
+        n_in = classes * (3 if config.prior_input == "both" else 2)
+        self.fused = config.prior_input == "fused"
+        self.lin1 = TimedLinear(n_in, config.hidden, config.timesteps)
+        self.lin2 = TimedLinear(config.hidden, config.hidden, config.timesteps)
+        self.lin3 = TimedLinear(config.hidden, config.hidden, config.timesteps)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm1d(config.hidden) for _ in range(3))
+        self.out = nn.Linear(config.hidden, classes)
+
+    def forward(self, y, y_g, y_l, f, rho, t):
+        h = torch.cat([y, f] if self.fused else [y, y_g, y_l], 1)
+        h = F.softplus(self.norm1(self.lin1(h, t))) * rho
+        h = F.softplus(self.norm2(self.lin2(h, t)))
+        h = F.softplus(self.norm3(self.lin3(h, t)))
+        return self.out(h)
+
+
+def stem(config):
+    return "small" if config.size < 100 else "imagenet"
+
+
+class Networks(nn.Module):
+    """All that is trained; what a variant does without is None."""
+
+    def __init__(self, config, channels, classes):
+        super().__init__()
+        self.classes, variant = classes, config.variant
+        diffusion = variant in ("full", "c2", "c1")
+        self.resnet = ResNet(18, channels, classes, config.width, stem(config)) if config.baseline or variant == "basic" else None
+        self.guide = DCG(config, channels, classes) if variant in ("full", "c2", "dcg") else None
+        self.encoder = ImageEncoder(config, channels) if diffusion else None
+        self.denoiser = Denoiser(config, classes) if diffusion else None
+        ab = linear_alpha_bar(config.timesteps)                         # float64: 1 - ab would lose four digits in float32
+        self.register_buffer("sqrt_ab", ab.sqrt().float(), persistent=False)
+        self.register_buffer("sqrt_1m_ab", (1 - ab).sqrt().float(), persistent=False)
+
+
+def build(config, facts):
+    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    if facts["multilabel"]:
+        raise run.UserError(f"{config.data} has several labels an image; {METHOD} takes one: use mediffusion.py")
+    if config.steps > config.timesteps:
+        raise run.UserError(f"--steps {config.steps}: no more than the {config.timesteps} of --timesteps")
+    return Networks(config, facts["channels"], len(facts["classes"]))
+
+
+def initialise(nets, config):
+    """Loads ImageNet backbones into the guide and the weights of another run, where asked for."""
+    if config.pretrained and nets.guide is not None:
+        run.load_pretrained(nets.guide.global_net, config.pretrained)
+        run.load_pretrained(nets.guide.local_net, config.pretrained)
+    if config.init:
+        run.load_init(nets, config.init, METHOD)
+
+
+def parameter_groups(nets, config):
+    """Adam's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
+    groups = {"resnet": ([nets.resnet], config.lr, config.clip), "guide": ([nets.guide], config.guide_lr, 0.),
+              "diffusion": ([nets.encoder, nets.denoiser], config.lr, config.clip)}
+    return [dict(name=name, params=[p for net in modules for p in net.parameters()], lr=lr, peak=lr, clip=clip)
+            for name, (modules, lr, clip) in groups.items() if modules[0] is not None]
+
+
+def learning_rate(config, group, epoch):
+    """Of a group at a (fractional) epoch: linear warm-up, then a cosine to 0; the guide's is constant in the paper."""
+    begin = config.pretrain_epochs if group["name"] == "diffusion" else 0
+    done = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin)
+    if group["name"] == "guide" and config.guide_schedule == "constant":
+        return group["peak"]
+    return group["peak"] * min(1., (done + 1e-3) / max(config.warmup, 1e-9)) * (1 + math.cos(math.pi * done)) / 2
+
+
+# ============================================================================= 6 evaluation
+@torch.no_grad()
+def evaluate(nets, split, config, device, joint=True):
+    """Every model on a whole split: ({model: probabilities (N, C)}, {kind: uncertainty (N,)}); the method comes first.
+
+    joint=False, during the guide's warm-up, leaves the diffusion out. The noise of an image depends on (seed, id) alone.
+    """
+    nets.eval()
+    rows = defaultdict(list)
+    batches = Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world())
+    for batch in run.progress(batches, "evaluate"):
+        noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], (config.samples, config.steps, nets.classes), device)
+        with run.autocast(config, device):
+            out = classify(nets, config, batch.x, noise) if joint else None
+            if joint:
+                rows[METHOD].append(out.p)
+                for kind in ("entropy", "margin", "spread"):
+                    rows[kind].append(getattr(out, kind))
+            if nets.guide is not None:
+                rows["guide"].append(out.guide if joint else fuse(nets.guide(batch.x)))
+            if nets.resnet is not None:
+                rows["resnet"].append(nets.resnet(batch.x).float().softmax(1))
+    rows = run.gather({k: torch.cat(v).cpu().numpy().astype(np.float64) for k, v in rows.items()})
+    uncertainty = {k: rows.pop(k) for k in ("entropy", "margin", "spread") if k in rows}
+    return rows, uncertainty
+
+
+def measure(nets, data, config, device):
+    """What only this method has, on validation: accuracy and ECE against reverse steps and draws."""
+    table = []
+    if nets.denoiser is None:
+        return {}
+    for steps, samples in sorted({(1, 1), (5, 1), (config.steps, 1), (config.steps, config.samples)}):
+        setting = dataclasses.replace(config, steps=min(steps, config.timesteps), samples=samples)
+        predictions, _ = evaluate(nets, data.val, setting, device)
+        m = run.metrics.summary(data.val.labels, predictions[METHOD])
+        table.append({"steps": setting.steps, "samples": samples, "accuracy": m["accuracy"], "ece": m["ece"], "nll": m["nll"]})
+    return {"validation_by_steps_and_samples": table}
+
+
+PANELS = [("Losses", "loss", ["eps", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
+          ("Validation", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy"])]
+
+
+# ============================================================================= 7 setup
+def train(config, resume=None):
+    """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
+
+    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    """
+    device = run.start(config)
+    out = run.choose_folder(config, METHOD, resume)
+    data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit,
+                limit=config.limit, skip_bad=config.skip_bad)
+    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    torch.manual_seed(config.seed)
+    nets = build(config, facts).to(device, memory_format=torch.channels_last)
+    if resume is None:
+        initialise(nets, config)
+    if device.type == "cuda" and run.world() > 1:
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    state = run.State(METHOD, config, facts, nets, torch.optim.Adam(parameter_groups(nets, config), fused=True))
+    if resume is not None:
+        state.load(out / "last.pt")
+    if config.compile:
+        for net in nets.children():
+            net.compile()
+    if run.rank() == 0:
+        run.make_folder(out, config)
+    run.describe(config, data, METHOD, nets, device)
+    total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
+    finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
+
+    # ========================================================================= 8 training loop
+    with run.defer_signals(lambda: (finite.flush(), state.save(out / "last.pt")), f"go on with --resume {out}"):
+        while len(state.history) < total:
+            epoch, began, waited = len(state.history), time.monotonic(), 0.
+            joint = epoch >= config.pretrain_epochs
+            if state.step < (epoch + 1) * steps:                        # else: stopped between training and validation
+                nets.train()
+                batches = Batches(data.train, config.batch_size, device, True, config.seed, [a for a in config.augment.split(",") if a],
+                                  config.balanced, state.step, run.rank(), run.world())
+                ready = time.monotonic()
+                for batch in run.progress(batches, f"epoch {epoch + 1}/{total}", start=state.step % steps):
+                    waited += time.monotonic() - ready
+                    torch.manual_seed(run.seed_of(config.seed, state.step, run.rank()))     # a resumed run draws the same numbers
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = learning_rate(config, group, state.step / steps)
+                    state.optimizer.zero_grad(set_to_none=True)
+                    for part in batch.split(config.grad_accum):
+                        with run.autocast(config, device):
+                            losses = train_step(nets, config, part, joint)
+                        (losses["loss"] * len(part.y) / len(batch.y)).backward()
+                        state.add(losses, len(part.y) / len(batch.y))
+                    run.average_gradients(nets.parameters())
+                    norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
+                    finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
+                    state.optimizer.step()
+                    run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
+                    state.step += 1
+                    ready = time.monotonic()
+                finite.flush()
+            row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
+            predictions, _ = evaluate(state.ema, data.val, config, device, joint)
+            row |= run.validation(data.val, predictions, METHOD)
+            state.keep_best(row, config.select, out / "best.pt")
+            state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
+
+    # ========================================================================= 9 end
+    state.load_best(out / "best.pt")
+    predictions, uncertainty = evaluate(state.ema, data.test, config, device)
+    result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
+    result = run.report(state, out, result, measure(state.ema, data, config, device), device)
+    if run.rank() == 0:
+        run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], data.classes)
+        run.draw(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
+        print(run.table(METHOD, result) + f"\npictures: {out / 'figures'}   numbers: {out / 'metrics.json'}", flush=True)
+    return result
+
+
+# ============================================================================= 10 commands
+def train_command(resume=None, **given):
+    """The command without a name: train, or --resume a run from its checkpoint alone."""
+    if resume is None:
+        return train(configure(**given))
+    folder = run.resume_folder(resume, given.pop("output", ""))
+    if (folder / "metrics.json").exists():
+        return print(f"{folder}: finished already; its numbers are in {folder / 'metrics.json'}")
+    return train(run.resume_config(Config, folder, METHOD, given), resume=folder)
+
+
+def evaluate_command(checkpoint, output="", **given):
+    """Scores the test split of the data set it was trained on, or of another with the same classes."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
+                skip_bad=config.skip_bad, test_only=True, classes=facts["classes"], channels=facts["channels"])
+    predictions, uncertainty = evaluate(nets, data.test, config, device)
+    result = run.score(data.test, predictions, uncertainty[config.uncertainty])
+    out = run.result_folder(output, checkpoint, "eval", config)
+    run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], facts["classes"])
+    run.draw(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
+    run.write(out / "metrics.json", json.dumps(result, indent=1))
+    print(*data.notes, f"{len(data.test)} images", run.table(METHOD, result), f"pictures and numbers: {out}", sep="\n")
+
+
+def predict_command(checkpoint, paths, output="", **given):
+    """Class, probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
+    split = Split(images, np.zeros(len(ids), np.int64), ids)
+    predictions, uncertainty = evaluate(nets, split, config, device)
+    p, out = predictions[METHOD], run.result_folder(output, checkpoint, "predict", config)
+    run.write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], facts["classes"], labelled=False)
+    for i, name in enumerate(ids):
+        label = facts["classes"][p[i].argmax()]
+        lines = [f"{kind} {u[i]:.3f}" for kind, u in uncertainty.items()]
+        print(f"{name}  {label}  p {p[i].max():.3f}  " + "  ".join(lines))
+        plots.panel(out / f"{i:04d}-{run.file_name(name)}.png", images[i], f"{name}: {label}", dict(zip(facts["classes"], p[i])), lines)
+    print(*problems, f"panels and predictions.csv: {out}   (not for clinical use)", sep="\n")
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    sampling = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]
+    commands = {"train": (train_command, None, "Train DiffMIC and score it on the test split."),
+                "eval": (evaluate_command, ["data", "root", "split", "limit", *sampling], "Score a checkpoint on a test split."),
+                "predict": (predict_command, sampling, "Classify images.")}
+    return run.command_line(argv, METHOD, __doc__, Config, commands, {"--scale small": SMALL, "--recipe plus": PLUS}, (DataError,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Two threads, the repository on the path, and a cache folder of its own for every test."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow") and "slow" not in config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: add --slow, or -m slow"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes on two cores; skipped unless asked for")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path_factory.mktemp("cache")))
