@@ -233,13 +233,15 @@ def curves(path, history, title="", panels=None, best=None):
     epochs = [row.get("epoch", i + 1) for i, row in enumerate(history)]
     columns = min(3, len(panels))
     canvas = Canvas(max(16 + 470 * columns, 560), 44 + 360 * -(-len(panels) // columns), title)
+    xlim = (0, max(epochs)) if len(set(epochs)) > 1 else None
+    vline = {} if best is None else {f"selected: epoch {best}": best}
     for i, (name, label, chosen) in enumerate(panels):
         values = {k: numbers(row.get(k) for row in history) for k in chosen}
-        every = np.concatenate([[1.0], *values.values()])[1:]
+        every = np.concatenate([[], *values.values()])
         log = bool(np.isfinite(every).any() and 0 < np.nanmin(every) < np.nanmax(every) / 30)
         left, top = 8 + 470 * (i % columns), 44 + 360 * (i // columns)
         chart(canvas, (left, top, left + 466, top + 352), {k: (epochs, v) for k, v in values.items()}, name, "epoch", label + " (log scale)" * log,
-              (0, max(epochs)) if len(epochs) > 1 else None, vline={} if best is None else {f"selected: epoch {best}": best}, whole=True, log=log)
+              xlim, vline=vline, whole=True, log=log)
     return canvas.save(path)
 
 
@@ -251,7 +253,8 @@ def reliability(path, confidence, accuracy, count, ece=None, title="Reliability"
     canvas.text(16, 40, "" if ece is None else f"expected calibration error {ece:.3f}, {np.nansum(count):,.0f} images", color=GREY)
     legend = [("accuracy in the bin", SKY, False), ("against the mean confidence in the bin", VERMILION, False), ("ideal", GREY, True)]
     upper = Axes(canvas, (8, 62, 552, 462), confidence, accuracy, "", "accuracy", "", legend, (0, 1), (0, 1), gutter=84)
-    lower = Axes(canvas, (8, 436, 552, 636), count, np.append(count, 0), "confidence (probability of the predicted class)", "images", xlim=(0, 1), gutter=84)
+    xlabel = "confidence (probability of the predicted class)"
+    lower = Axes(canvas, (8, 436, 552, 636), count, np.append(count, (0, 1)), xlabel, "images", xlim=(0, 1), gutter=84)
     for axes, heights, color in (upper, accuracy, SKY), (lower, count, GREY):
         for i in np.flatnonzero(heights > 0):
             axes.bar(i / len(count), (i + 1) / len(count), heights[i], color)
@@ -294,21 +297,29 @@ def picture(image):
 
 
 def image_grid(path, images, labels=None, row_names=None, columns=8, scale=None, title=""):
-    """images uint8 (N,C,H,W), broken into rows of `columns`, or a list of rows of images; labels in the same arrangement, wrapped to three lines.
+    """images uint8 (N,C,H,W), broken into rows of `columns`, or a list of rows of images; labels likewise, several lines if wanted.
     `scale` enlarges without smoothing; by default to 96 pixels or a little more."""
-    if len(images) and np.ndim(images[0]) == 3:
-        images, labels = ([part[i:i + columns] for i in range(0, len(part), columns)] for part in (images, [] if labels is None else labels))
+    labels = [] if labels is None else labels
+    if len(images) and getattr(images[0], "ndim", 4) == 3:
+        images = [images[i:i + columns] for i in range(0, len(images), columns)]
+    if len(labels) and np.ndim(labels[0]) == 0:
+        columns = max(map(len, images), default=1)
+        labels = [labels[i:i + columns] for i in range(0, len(labels), columns)]
     w, h = picture(next((row[0] for row in images if len(row)), np.zeros((1, 96, 96), np.uint8))).size
     scale = scale or -(-96 // min(w, h))
     w, h = round(w * scale), round(h * scale)
-    texts = [[[line for part in str(s).split("\n") for line in paragraph(part, 12, w + 2)][:3] for s in row] for row in labels or []]
+
+    def wrap(label):                                                                    # each of its lines in two rows at most
+        rows = [paragraph(line, 12, w + 2) for line in str(label).split("\n")]
+        return [text for row in rows for text in row[:1] + [shorten(" ".join(row[1:]), 12, w + 2)] if text]
+    texts = [[wrap(label) for label in row] for row in labels]
     lines = max((len(text) for row in texts for text in row), default=0)
     names = [shorten(name, 13, 190) for name in row_names or []]
     left, top, step = 16 + int(max((font(13).getlength(s) + 10 for s in names), default=0)), 44 if title else 12, h + 12 + 16 * lines
     canvas = Canvas(max(left + max(map(len, images), default=2) * (w + 8) + 8, 200), top + max(len(images), 1) * step + 4, title)
     for r, row in enumerate(images):
         y = top + r * step
-        canvas.text(left - 10, y + h / 2, names[r] if r < len(names) else "", anchor="rm")
+        canvas.text(left - 10, y + h / 2, "".join(names[r:r + 1]), anchor="rm")
         for c, image in enumerate(row):
             x = left + c * (w + 8)
             canvas.image.paste(picture(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
@@ -321,6 +332,7 @@ def image_grid(path, images, labels=None, row_names=None, columns=8, scale=None,
 
 def panel(path, image, title, bars, lines=(), intervals=None):
     """One prediction: image uint8 (C,H,W), bars {class: probability} (the ten largest are shown), lines of text, intervals {class: (lo, hi)}."""
+    bars = {name: float(p) for name, p in bars.items()}
     shown = sorted(bars, key=lambda name: -np.nan_to_num(bars[name]))[:10]
     text = [row for line in lines for row in paragraph(line, 14, 724)]
     image = picture(image)
@@ -333,7 +345,7 @@ def panel(path, image, title, bars, lines=(), intervals=None):
     heading = "probability" + " and interval" * bool(intervals) + f", {len(shown)} largest of {len(bars)} classes" * (len(bars) > len(shown))
     canvas.text(left, 50, heading, color=GREY)
     for i, name in enumerate(shown):
-        y, p = 74 + 26 * i, float(np.clip(np.nan_to_num(bars[name]), 0, 1))
+        y, p = 74 + 26 * i, np.clip(np.nan_to_num(bars[name]), 0, 1)
         canvas.text(left - 8, y + 9, names[i], anchor="rm")
         canvas.draw.rectangle((left, y, left + full, y + 18), fill=PALE)
         if p > 0:

@@ -6,7 +6,6 @@ import numpy as np
 from . import cache, folder, ham10000, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
-from .tables import Table
 from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "read_images"]
@@ -42,7 +41,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     if not 8 <= size <= 2048:
         raise DataError(f"--size {size}: must be 8..2048 pixels")
     if name == "toy":
-        return _toy(seed, size, limit, classes)
+        return _toy(seed, size, limit, test_only, classes)
 
     root = Path(root or Path(__file__).parent / "raw" / name)
     try:
@@ -52,7 +51,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     if classes:
         _relabel(table, list(classes), root)
     records, notes = table.records, table.notes
-    for part, (n, of) in zip(("test", "validation"), zip(splits.leaking(records), (("train or validation"), "train"))):
+    for part, n, of in zip(("test", "validation"), splits.leaking(records), ("train or validation", "train")):
         if n:
             notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group keeps them apart")
     if test_only:
@@ -112,7 +111,7 @@ def _relabel(table, classes, root):
     table.classes = classes
 
 
-def _toy(seed, size, limit, classes):
+def _toy(seed, size, limit, test_only, classes):
     """The toy set; for `limit`, a stratified draw out of somewhat more images, so that every class is there."""
     data = toy.make(seed, size, {part: min(n, limit + 100) for part, n in toy.SIZES.items()} if limit else None)
     if classes and list(classes) != data.classes:
@@ -122,4 +121,6 @@ def _toy(seed, size, limit, classes):
         rows = splits.draw(whole.labels, limit, np.random.default_rng([seed, number]))
         setattr(data, part, Split(whole.images[rows], whole.labels[rows], [whole.ids[i] for i in rows],
                                   [whole.groups[i] for i in rows], whole.boxes[rows], whole.posterior[rows]))
+    if test_only:
+        data.train = data.val = None
     return data

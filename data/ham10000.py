@@ -4,11 +4,10 @@ Tschandl et al., Sci Data 5:180161 (2018). 10,015 images of 7,470 lesions for tr
 A table is known by its columns, not by its name; what an image is for, by the table's name or else by its ISIC number.
 """
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from .images import EXTENSIONS, find_images
+from .images import find_images
 from .splits import assign
 from .tables import Record, Table, missing_columns, read_columns, read_table
 from .types import DataError
@@ -17,6 +16,7 @@ CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # the or
 FIRST_WORD = {"melanoma": "mel", "melanocytic": "nv", "nevus": "nv", "nevi": "nv", "basal": "bcc", "actinic": "akiec",
               "bowen": "akiec", "benign": "bkl", "dermatofibroma": "df", "vascular": "vasc"}      # of a name written out
 OFFICIAL_IDS = {"val": range(34321, 34524), "test": range(34524, 36065)}                          # ISIC_0034524 is a test image
+TABLE_NAME = re.compile("HAM10000_metadata|ISIC.?2018.*Ground.?Truth", re.I)
 NEEDED = "lesion_id,image_id,dx (Kaggle) or image,MEL,NV,BCC,AKIEC,BKL,DF,VASC (ISIC)"
 EXPECTED = ("expected HAM10000_metadata.csv with HAM10000_images_part_1/*.jpg and HAM10000_images_part_2/*.jpg (Kaggle), or "
             "ISIC2018_Task3_Training_GroundTruth/*.csv with ISIC2018_Task3_Training_Input/*.jpg (ISIC); download: "
@@ -93,7 +93,7 @@ def _read(files, root, notes):
         key = "image_id" if "image_id" in columns else "image"
         labelled = "dx" in columns or columns.issuperset(CLASSES)
         if key not in columns or not (labelled or "lesion_id" in columns):
-            if re.search("HAM10000_metadata|ISIC_?2018.*ground.?truth", path.name, re.I):
+            if TABLE_NAME.search(path.name):
                 raise DataError(missing_columns(path, read_columns(path), NEEDED))
             continue                                    # pixel tables and others that Kaggle adds
         for number, cells in read_table(path)[1]:
@@ -186,7 +186,6 @@ def _nothing_found(root, files):
     """The line for a root without a table: what is there instead."""
     if files:
         return f"{missing_columns(files[0], read_columns(files[0]), NEEDED)}; {EXPECTED}"
-    kinds = Counter(p.suffix.lower() for p in root.iterdir() if p.is_file())
-    inside = [p for p in sorted(root.iterdir()) if p.is_dir() and _tables_in(p, depth=0)]
-    hint = f" (did you mean {inside[0]}?)" if inside else f" (it holds {kinds.total():,} files and no table)" if kinds else ""
-    return f"{root}: no HAM10000 data here{hint}; {EXPECTED}"
+    inside = [p for p in sorted(root.iterdir()) if p.is_dir() and any(TABLE_NAME.search(f.name) for f in _tables_in(p, depth=0))]
+    hint = f" (did you mean {inside[0]}?)" if inside else ""
+    return f"{root}: no HAM10000 table here{hint}; {EXPECTED}"

@@ -72,8 +72,9 @@ def _array(image, size, channels, fit):
     if image.format == "JPEG":                          # leaves at least 2 x size pixels a side, so that resizing still filters
         image.draft("L" if channels == 1 and image.mode == "RGB" else None, (2 * size, 2 * size))
     image.load()
-    if orientation := UPRIGHT.get(image.getexif().get(0x0112)):
-        image = image.transpose(orientation)
+    orientation = image.getexif().get(0x0112)
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     if fit == "crop":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,0 +1,320 @@
+"""The cache decodes once; groups stay on one side; load() draws, drops duplicates and refuses what cannot be learnt from."""
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, cache, images, splits
+from data.tables import Record, read_columns, read_table
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths that are decoded, in a list that grows."""
+    seen, real = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda path, *rest: seen.append(path) or real(path, *rest))
+    return seen
+
+
+def make_images(folder, n, size=12):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:03d}.png" for i in range(n)]
+    for path in paths:
+        Image.fromarray(RNG.integers(0, 256, (size, size, 3), np.uint8)).save(path)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------ cache
+def test_a_second_load_decodes_nothing_and_gives_the_same(tmp_path, decoded):
+    paths = make_images(tmp_path / "x", 7)
+    first, hashes, bad, notes = cache.load(paths, 8, 3, "crop")
+    assert first.shape == (7, 3, 8, 8) and first.dtype == np.uint8 and len(set(hashes)) == 7 and not bad and not notes
+    assert np.array_equal(first[3], images.read_image(paths[3], 8, 3, "crop"))
+    decoded.clear()
+    second, again, _, _ = cache.load(paths, 8, 3, "crop")
+    assert not decoded and isinstance(second, np.memmap) and np.array_equal(first, second) and hashes == again
+
+
+@pytest.mark.parametrize("options", [(9, 3, "crop"), (8, 1, "crop"), (8, 3, "squash")])
+def test_other_options_are_another_cache(tmp_path, decoded, options):
+    paths = make_images(tmp_path / "x", 3)
+    cache.load(paths, 8, 3, "crop")
+    decoded.clear()
+    cache.load(paths, *options)
+    assert len(decoded) == 3
+
+
+def test_a_changed_file_is_decoded_again(tmp_path, decoded):
+    paths = make_images(tmp_path / "x", 3)
+    before = cache.load(paths, 8, 3, "crop")[0].copy()
+    make_images(tmp_path / "x", 3)
+    os.utime(paths[0], (1, 1))
+    after = cache.load(paths, 8, 3, "crop")[0]
+    assert len(decoded) == 6 and not np.array_equal(before, after)
+
+
+def flip(path):
+    blob = bytearray(path.read_bytes())
+    blob[-5] ^= 1
+    path.write_bytes(blob)
+
+
+@pytest.mark.parametrize("suffix, damage", [
+    (".npy", flip), (".npy", lambda p: p.write_bytes(p.read_bytes()[:-1])), (".npy", lambda p: p.write_bytes(b"")),
+    (".npy", lambda p: p.write_bytes(b"nonsense")), (".npy", lambda p: p.unlink()), (".npy", lambda p: np.save(p, np.zeros((3, 3, 8, 8)))),
+    (".json", lambda p: p.unlink()), (".json", lambda p: p.write_text("{}")), (".json", lambda p: p.write_text("[1")),
+    (".json", lambda p: p.write_bytes(b"\xff\xfe")), (".json", lambda p: p.write_text('{"crc": 1, "hashes": ["a", "b", "c"], "bad": {}}'))])
+def test_a_damaged_cache_is_built_again(tmp_path, cache_folder, decoded, suffix, damage):
+    paths = make_images(tmp_path / "x", 3)
+    before = np.array(cache.load(paths, 8, 3, "crop")[0])
+    damage(next(cache_folder.glob("*" + suffix)))
+    decoded.clear()
+    assert np.array_equal(cache.load(paths, 8, 3, "crop")[0], before) and len(decoded) == 3
+    cache.load(paths, 8, 3, "crop")
+    assert len(decoded) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_held_in_memory_with_a_note(tmp_path, monkeypatch):
+    paths = make_images(tmp_path / "x", 3)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path / "file" / "cache"))     # fails for root too
+    array, hashes, bad, notes = cache.load(paths, 8, 3, "crop")
+    assert array.shape == (3, 3, 8, 8) and len(hashes) == 3 and "memory" in notes[0] and str(tmp_path / "file") in notes[0]
+
+
+def test_a_full_disk_is_no_end_and_leaves_no_litter(tmp_path, cache_folder, monkeypatch):
+    paths = make_images(tmp_path / "x", 3)
+    monkeypatch.setattr(cache.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    array, _, _, notes = cache.load(paths, 8, 3, "crop")
+    assert np.array_equal(array[0], images.read_image(paths[0], 8, 3)) and "No space left" in notes[0]
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_ctrl_c_stops_soon_and_leaves_no_litter(tmp_path, cache_folder, monkeypatch):
+    paths, real, seen = make_images(tmp_path / "x", 200), cache._hash, []
+
+    def interrupted(pixels):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(pixels)
+    monkeypatch.setattr(cache, "_hash", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.load(paths, 8, 3, "crop")
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_run_are_swept_after_a_day(tmp_path, cache_folder):
+    cache_folder.mkdir()
+    old, new = cache_folder / "old.tmp", cache_folder / "new.tmp"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    cache.load(make_images(tmp_path / "x", 2), 8, 3, "crop")
+    assert not old.exists() and new.exists()
+
+
+def test_bad_files_are_remembered_and_tried_again(tmp_path, decoded):
+    paths = make_images(tmp_path / "x", 3)
+    good = paths[1].read_bytes()
+    paths[1].write_bytes(b"nonsense")
+    array, _, bad, _ = cache.load(paths, 8, 3, "crop")
+    assert list(bad) == [1] and str(paths[1]) in bad[1] and not array[1].any()
+    decoded.clear()
+    assert list(cache.load(paths, 8, 3, "crop")[2]) == [1] and decoded == [paths[1]]
+    paths[1].write_bytes(good)
+    assert cache.load(paths, 8, 3, "crop")[2] == {}
+
+
+# ------------------------------------------------------------------------------------------------ splits
+def example(n=400):
+    labels = RNG.integers(0, 4, n)
+    return [Record(Path(f"{i}"), int(k), f"patient-{k}-{i // 3}", f"image-{i}", "all") for i, k in enumerate(labels)]
+
+
+def test_no_group_is_on_two_sides_and_shares_are_as_stated():
+    records = splits.assign(example(3000))
+    sides = {}
+    for r in records:
+        sides.setdefault(r.group, set()).add(r.split)
+    assert all(len(s) == 1 for s in sides.values())
+    for label in range(4):
+        groups = {r.group: r.split for r in records if r.label == label}
+        share = [sum(s == part for s in groups.values()) / len(groups) for part in splits.SPLITS]
+        assert np.allclose(share, (.6, .1, .3), atol=.01)
+
+
+def test_the_split_depends_on_neither_the_order_nor_chance():
+    records = example()
+    shuffled = [records[i] for i in RNG.permutation(len(records))]
+    assert sorted(splits.assign(records)) == sorted(splits.assign(shuffled))
+    first = {r.id: r.split for r in splits.assign([Record(Path("x"), 0, f"g{i}", f"{i}", "all") for i in range(8)])}
+    assert first == {"0": "train", "1": "train", "2": "train", "3": "test", "4": "train", "5": "val", "6": "test", "7": "train"}
+
+
+@pytest.mark.parametrize("n, expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 1, 2)), (10, (6, 1, 3))])
+def test_a_class_of_three_groups_or_more_is_in_every_split(n, expected):
+    sides = splits.group_split([0] * n, [f"g{i}" for i in range(n)])
+    assert tuple(sides.count(part) for part in splits.SPLITS) == expected
+
+
+def test_a_patient_with_two_classes_stays_whole():
+    labels, groups = [0] * 40 + [1] * 4, [f"p{i % 20}" for i in range(44)]
+    sides = splits.group_split(labels, groups)
+    assert all(len({s for s, g in zip(sides, groups) if g == group}) == 1 for group in groups)
+    assert {s for s, label in zip(sides, labels) if label == 1} == {"train", "val", "test"}
+
+
+def test_leaks_are_counted():
+    def record(group, split):
+        return Record(Path("x"), 0, group, "", split)
+    records = [record("a", "train"), record("a", "test"), record("a", "test"), record("b", "val"), record("b", "test"),
+               record("c", "train"), record("c", "val"), record(None, "train"), record(None, "test"), record("d", "test")]
+    assert splits.leaking(records) == (3, 1)
+    assert splits.leaking(splits.assign(example())) == (0, 0) and splits.leaking(splits.assign(example(), by_group=False))[0] > 10
+
+
+@pytest.mark.parametrize("n", [1, 4, 10, 100, 999, 1000, 5000])
+def test_a_draw_is_stratified_and_has_every_class(n):
+    labels = np.repeat([0, 1, 2, 3], [700, 200, 99, 1])
+    rows = splits.draw(labels, n, np.random.default_rng(1))
+    assert len(rows) == len(set(rows)) == min(max(n, 4), 1000) and set(labels[rows]) == {0, 1, 2, 3}
+    assert np.array_equal(rows, splits.draw(labels, n, np.random.default_rng(1)))
+    if n == 100:
+        assert list(np.bincount(labels[rows])) in ([70, 20, 9, 1], [69, 20, 10, 1], [69, 21, 9, 1])
+        assert not np.array_equal(rows, splits.draw(labels, n, np.random.default_rng(2)))
+
+
+def test_duplicates_are_dropped_from_train_then_from_val():
+    hashes, sides = list("aabcbcd"), ["train", "test", "train", "train", "val", "val", "test"]
+    assert splits.duplicates(hashes, sides) == ([0, 2, 3], [])
+    assert splits.duplicates(["a", "a", "b"], ["val", "test", "train"]) == ([], [0])
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def test_a_table_survives_bom_crlf_tabs_blanks_and_a_repeated_header(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbf Name ,,B\r\n\r\n x ,1, y\r\nName,,B\r\n,,\r\nz,2,\r\n")
+    assert read_table(path) == (["name", "b"], [(3, {"name": "x", "b": "y"}), (6, {"name": "z", "b": ""})])
+    path.write_text("name\tb\nx, y\tz\n")
+    assert read_table(path)[1] == [(2, {"name": "x, y", "b": "z"})] and read_columns(path) == ["name", "b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"a,b\n1\n", b"a,b\n1,\0\n", b"a,b\n\xff\xfe,1\n", b"a,b\n" + b'"' + b"x" * 200_000,
+                                     "a,b\n1,2\n".encode("utf-16")])
+def test_a_file_that_is_no_table_is_one_line(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(DataError, match="t.csv") as caught:
+        read_table(tmp_path / "t.csv")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ load
+def test_unknown_names_and_options_are_refused_with_the_known_ones(tmp_path):
+    for options, words in ((dict(name="ham1000"), "ham10000"), (dict(name="toy", split="random"), "group"), (dict(name="toy", size=7), "size"),
+                           (dict(name="folder", root=tmp_path, fit="pad"), "squash"), (dict(name="toy", size=9), "28")):
+        with pytest.raises(DataError, match=words):
+            data.load(**options)
+
+
+def test_the_toy_set_is_limited_with_every_class_and_keeps_its_truth():
+    toy = data.load("toy", size=28, limit=12)
+    for split in (toy.train, toy.val, toy.test):
+        assert len(split) == len(split.images) == len(split.ids) == len(split.groups) == len(split.boxes) == len(split.posterior) == 12
+        assert set(split.labels) == {0, 1, 2, 3, 4}
+    only = data.load("toy", size=28, limit=12, test_only=True)
+    assert only.train is None and np.array_equal(only.test.images, toy.test.images)
+
+
+def make_folder(root, n=10, classes=("a", "b")):
+    for name in classes:
+        make_images(root / name, n)
+    return root
+
+
+def test_load_gives_aligned_views_of_the_cache(tmp_path):
+    found = data.load("folder", make_folder(tmp_path / "set"), size=16)
+    assert found.classes == ["a", "b"] and found.channels == 3 and not found.multilabel and found.name == "folder"
+    assert [len(s) for s in (found.train, found.val, found.test)] == [12, 2, 6]
+    for split in (found.train, found.val, found.test):
+        assert split.labels.dtype == np.int64 and split.images.dtype == np.uint8 and isinstance(split.images, np.memmap)
+        for image, label, name in zip(split.images, split.labels, split.ids):
+            assert name.startswith(found.classes[label])
+            assert np.array_equal(image, images.read_image(tmp_path / "set" / name, 16, 3))
+
+
+def test_the_split_is_the_same_for_every_seed_and_the_limit_is_not(tmp_path):
+    root = make_folder(tmp_path / "set", 30)
+    one, two = data.load("folder", root, size=8, seed=1), data.load("folder", root, size=8, seed=2)
+    assert one.train.ids == two.train.ids and one.test.ids == two.test.ids
+    few = [data.load("folder", root, size=8, seed=s, limit=6) for s in (1, 1, 2)]
+    assert few[0].train.ids == few[1].train.ids != few[2].train.ids and set(few[0].train.ids) < set(one.train.ids)
+    assert [len(s) for s in (few[0].train, few[0].val, few[0].test)] == [6, 6, 6]
+
+
+def test_the_limit_comes_before_decoding(tmp_path, decoded):
+    data.load("folder", make_folder(tmp_path / "set", 30), size=8, limit=4)
+    assert len(decoded) == 12
+
+
+def test_identical_pictures_are_dropped_from_train_and_counted(tmp_path):
+    root = tmp_path / "set"
+    for part in ("train", "val", "test"):
+        make_folder(root / part, 4)
+    original = root / "test" / "a" / "000.png"
+    (root / "train" / "a" / "copy.png").write_bytes(original.read_bytes())
+    Image.open(original).save(root / "train" / "b" / "copy.bmp")                # other bytes, same pixels
+    (root / "val" / "a" / "copy.png").write_bytes(original.read_bytes())
+    found = data.load("folder", root, size=8)
+    assert [len(s) for s in (found.train, found.val, found.test)] == [8, 8, 8]
+    assert not any("copy" in name for name in found.train.ids + found.val.ids)
+    assert any("2 train images dropped" in note for note in found.notes) and any("1 validation images dropped" in note for note in found.notes)
+    assert np.array_equal(found.train.images[5], images.read_image(root / found.train.ids[5], 8, 3))    # rows still fit their ids
+
+
+def test_bad_files_stop_the_load_unless_they_are_skipped(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "a" / "000.png").write_bytes(b"")
+    (root / "b" / "003.png").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="2 of 20 images cannot be read, first: .*--skip-bad") as caught:
+        data.load("folder", root, size=8)
+    assert "\n" not in str(caught.value)
+    found = data.load("folder", root, size=8, skip_bad=True)
+    assert sum(map(len, (found.train, found.val, found.test))) == 18 and any("2 of 20" in note for note in found.notes)
+    for split in (found.train, found.val, found.test):
+        assert split.images.any(axis=(1, 2, 3)).all() and len(split.images) == len(split)
+
+
+def test_nothing_is_written_beside_the_users_images(tmp_path):
+    root = make_folder(tmp_path / "set", 4)
+    before = sorted(root.rglob("*"))
+    data.load("folder", root, size=8)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_labels_follow_the_classes_of_a_model(tmp_path):
+    root = make_folder(tmp_path / "set")
+    found = data.load("folder", root, size=8, classes=["b", "a"])
+    assert found.classes == ["b", "a"] and all(name.startswith("ba"[label]) for name, label in zip(found.test.ids, found.test.labels))
+    with pytest.raises(DataError, match="class folder b is none of"):
+        data.load("folder", root, size=8, classes=["a", "c"])
+    only = data.load("folder", root, size=8, classes=["x", "b", "a"], test_only=True)
+    assert only.train is None and only.val is None and len(only.test) == 20 and set(only.test.labels) == {1, 2}
+    with pytest.raises(DataError, match="toy"):
+        data.load("toy", size=28, limit=5, classes=["a", "b"])
+
+
+def test_channels_may_be_given(tmp_path):
+    assert data.load("folder", make_folder(tmp_path / "set", 4), size=8, channels=1).train.images.shape[1] == 1

@@ -1,0 +1,195 @@
+"""A folder per class: given or carved splits, patients, class order, and a line for whatever does not fit."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, folder
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "folder_per_class_nih1000"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
+def fill(root, **counts):
+    """fill(root, train__a=3): three pictures in train/a."""
+    for name, n in counts.items():
+        place = root / name.replace("__", "/")
+        place.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.fromarray(RNG.integers(0, 256, (6, 6, 3), np.uint8)).save(place / f"{i:02d}.png")
+    return root
+
+
+def refusal(root, **options):
+    with pytest.raises(DataError) as caught:
+        data.load("folder", root, size=8, **options)
+    line = str(caught.value)
+    assert str(root) in line and "\n" not in line
+    return line
+
+
+def sizes(found):
+    return tuple(len(s) for s in (found.train, found.val, found.test))
+
+
+def noted(found, words):
+    return any(words in note for note in found.notes)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "VAL"])
+def test_given_splits_are_kept(root, val):
+    fill(root, train__a=5, train__b=4, test__a=2, test__b=2, **{f"{val}__a": 1, f"{val}__b": 2})
+    found = data.load("folder", root, size=8)
+    assert sizes(found) == (9, 3, 4) and noted(found, "as given") and noted(found, "no patient ids are known")
+    assert all(name.startswith("test/") for name in found.test.ids) and found.test.groups is None
+
+
+def test_val_and_test_are_carved_from_train_where_they_lack(root):
+    fill(root, train__a=10, train__b=10, test__a=3, test__b=3)
+    found = data.load("folder", root, size=8)
+    assert sizes(found) == (18, 2, 6) and noted(found, "10 % as val")
+    found = data.load("folder", fill(root.parent / "only", train__a=10, train__b=10), size=8)
+    assert sizes(found) == (12, 2, 6) and noted(found, "30 % as test")
+
+
+def test_classes_are_in_natural_order_or_as_classes_txt_says(root):
+    fill(root, **{"10_severe": 3, "2_mild": 3, "0_none": 3})
+    assert data.load("folder", root, size=8).classes == ["0_none", "2_mild", "10_severe"]
+    (root / "classes.txt").write_text("10_severe\r\n0_none\r\n\r\n2_mild\r\n")
+    assert data.load("folder", root, size=8).classes == ["10_severe", "0_none", "2_mild"]
+    (root / "classes.txt").write_text("10_severe\n0_none\n")
+    assert "classes.txt" in refusal(root)
+
+
+def test_images_lie_at_any_depth_and_litter_is_skipped(root):
+    fill(root, a__x__deep=4, a=2, b=5, __MACOSX=3)
+    (root / "__MACOSX").mkdir(exist_ok=True)
+    fill(root / ".git", a=2)
+    found = data.load("folder", root, size=8)
+    assert found.classes == ["a", "b"] or found.classes == ["a", "b", "MACOSX"]
+    assert any("deep" in name for s in (found.train, found.val, found.test) for name in s.ids)
+
+
+def test_a_folder_without_images_is_no_class_and_said_so(root):
+    fill(root, a=4, b=4, docs=0)
+    (root / "docs" / "readme.txt").write_text("x")
+    found = data.load("folder", root, size=8)
+    assert found.classes == ["a", "b"] and noted(found, "docs")
+
+
+def write_groups(root, lines):
+    (root / "groups.csv").write_text("file,group\n" + "\n".join(lines) + "\n")
+
+
+def test_groups_csv_keeps_patients_on_one_side(root):
+    fill(root, a=20, b=20)
+    write_groups(root, [f"{c}/{i:02d}.png,patient{c}{i // 4}" for c in "ab" for i in range(20)] + ["a/gone.png,p"])
+    found = data.load("folder", root, size=8)
+    groups = [set(s.groups) for s in (found.train, found.val, found.test)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2] and sum(sizes(found)) == 40
+    assert noted(found, "1 files that are not there, first: a/gone.png") and not noted(found, "LEAK")
+    leaky = data.load("folder", root, size=8, split="paper")
+    assert noted(leaky, "LEAK")
+
+
+def test_a_patient_on_two_given_sides_is_a_warning_and_split_group_mends_it(root):
+    fill(root, train__a=9, train__b=9, val__a=3, val__b=3, test__a=3, test__b=3)
+    write_groups(root, [f"{p}/{c}/{i:02d}.png,{c}{i}" for p, n in (("train", 9), ("val", 3), ("test", 3)) for c in "ab" for i in range(n)])
+    found = data.load("folder", root, size=8)
+    assert sizes(found) == (18, 6, 6) and noted(found, "LEAK: 6 test images") and noted(found, "LEAK: 6 validation images")
+    mended = data.load("folder", root, size=8, split="group")
+    assert sum(sizes(mended)) == 30 and not noted(mended, "LEAK") and not set(mended.train.groups) & set(mended.test.groups)
+
+
+def test_groups_csv_takes_bare_names_and_refuses_unclear_ones(root):
+    fill(root, a=6)
+    for i in range(6):
+        Image.fromarray(RNG.integers(0, 256, (6, 6, 3), np.uint8)).save((root / "a").with_name("a") / f"n{i}.png")
+    fill(root, b=6)
+    write_groups(root, ["n0.png,p", "n1.png,p"])
+    found = data.load("folder", root, size=8)
+    assert noted(found, "no group for 16 images")
+    write_groups(root, ["00.png,p"])
+    assert "2 files" in refusal(root)
+    write_groups(root, ["n0.png,p", "n0.png,q"])
+    assert "two groups" in refusal(root)
+    (root / "groups.csv").write_text("name,patient\n")
+    assert "file,group" in refusal(root)
+
+
+def test_a_folder_for_evaluation_may_be_all_test(root):
+    fill(root, a=3, b=2)
+    found = data.load("folder", root, size=8, test_only=True)
+    assert found.train is None and found.val is None and len(found.test) == 5
+    nested = fill(root.parent / "nested", test__a=2, test__b=2)
+    assert len(data.load("folder", nested, size=8, test_only=True).test) == 4
+    assert "holds only test" in refusal(nested)
+    full = fill(root.parent / "full", train__a=5, train__b=5, test__a=2, test__b=2)
+    assert len(data.load("folder", full, size=8, test_only=True).test) == 4
+
+
+def test_one_line_says_what_does_not_fit(root):
+    assert "no images" in refusal(root)
+    assert "no such folder" in refusal(root / "none")
+    file = root / "file.png"
+    file.write_text("x")
+    assert "a file, not a folder" in refusal(file)
+    fill(root, a=5)
+    assert "one class only (a)" in refusal(root)
+    fill(root, b=2)
+    line = refusal(root)
+    assert "lacks the class b" in line and "at least 3" in line
+
+
+def test_loose_images_are_explained(root):
+    fill(root.parent, set=3)
+    assert "sort them into a folder per class" in refusal(root)
+
+
+@pytest.mark.parametrize("lacking", ["train", "val", "test"])
+def test_a_class_that_one_split_lacks_is_refused(root, lacking):
+    counts = {f"{part}__{name}": 3 for part in ("train", "val", "test") for name in "abc"}
+    del counts[f"{lacking}__c"]
+    line = refusal(fill(root, **counts))
+    assert f"{lacking} lacks the class c" in line and "--split group" in line
+
+
+def test_grey_pictures_give_one_channel_and_a_single_colour_picture_three(root):
+    fill(root, a=1)
+    for name in "ab":
+        (root / name).mkdir(exist_ok=True)
+        for i in range(8):
+            Image.fromarray(RNG.integers(0, 2 ** (8 + 8 * (i % 2)), (6, 6)).astype([np.uint8, np.uint16][i % 2])).save(root / name / f"{i:02d}.png")
+    assert data.load("folder", root, size=8).train.images.shape[1] == 1
+    fill(root, b=1)
+    assert data.load("folder", root, size=8).channels == 3
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="shared/data/folder_per_class_nih1000 is not there")
+def test_the_real_folder_is_600_200_200_and_its_leak_is_found(root):
+    found = data.load("folder", REAL, size=28)
+    assert sizes(found) == (600, 200, 200) and found.classes == ["0_normal", "1_abnormal"] and found.channels == 3
+    assert found.train.images.std() > 10 and noted(found, "no patient ids are known")
+    for image in folder.find_images(REAL):                                      # the same with the patients' ids, in our own folder
+        place = root / image.relative_to(REAL)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(folder.follow(image).resolve())
+    write_groups(root, [f"{p.relative_to(root).as_posix()},{p.name[:8]}" for p in folder.find_images(root)])
+    leaky = data.load("folder", root, size=28)
+    assert noted(leaky, "LEAK") and len(set(leaky.train.groups) & set(leaky.val.groups)) == 15 and \
+        len(set(leaky.train.groups) & set(leaky.test.groups)) == 8 and len(set(leaky.val.groups) & set(leaky.test.groups)) == 9
+    mended = data.load("folder", root, size=28, split="group")
+    assert not noted(mended, "LEAK") and sum(sizes(mended)) == 1000 and not set(mended.train.groups) & set(mended.test.groups)
