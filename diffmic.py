@@ -42,6 +42,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -226,7 +227,7 @@ def sample(denoiser, rho, y_g, y_l, f, noise, alpha_bar, timesteps, sampler="ddp
 
 
 class Prediction(NamedTuple):
-    p: torch.Tensor                     # (B, C) probabilities: the mean of the draws, made non-negative, summing to 1
+    p: torch.Tensor                     # (B, C) probabilities: the mean over draws, each clipped to 0..1 and summing to 1
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
@@ -247,9 +248,8 @@ def classify(nets, config, x, noise):
         many = [a.repeat_interleave(S, 0) for a in (rho, y_g, y_l, f)]
         timesteps = respaced_timesteps(config.timesteps, config.steps)
         y0 = sample(nets.denoiser, *many, noise.flatten(0, 1), linear_alpha_bar(config.timesteps), timesteps, config.sampler)
-        y0 = y0.view(B, S, C)
-        p = y0.mean(1).clamp_min(1e-3)                                  # E[y_0 | x] = p(class | x), up to what the net gets wrong
-        p = p / p.sum(1, keepdim=True)
+        y0 = y0.view(B, S, C).clamp(1e-3, 1)                            # a draw is near a one-hot vector: E[y_0 | x] = p(class | x)
+        p = (y0 / y0.sum(2, keepdim=True)).mean(1)
     else:
         p = guide_p if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
         y0 = p[:, None]
@@ -486,7 +486,7 @@ def train(config, resume=None):
                 limit=config.limit, skip_bad=config.skip_bad)
     facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
     torch.manual_seed(config.seed)
-    nets = build(config, facts).to(device, memory_format=torch.channels_last)
+    nets = run.place(build(config, facts), device)
     if resume is None:
         initialise(nets, config)
     if device.type == "cuda" and run.world() > 1:
@@ -565,7 +565,7 @@ def evaluate_command(checkpoint, output="", **given):
     """Scores the test split of the data set it was trained on, or of another with the same classes."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
-                skip_bad=config.skip_bad, test_only=True, classes=facts["classes"], channels=facts["channels"])
+                skip_bad=config.skip_bad, test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
     predictions, uncertainty = evaluate(nets, data.test, config, device)
     result = run.score(data.test, predictions, uncertainty[config.uncertainty])
     out = run.result_folder(output, checkpoint, "eval", config)
@@ -580,14 +580,16 @@ def predict_command(checkpoint, paths, output="", **given):
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
     split = Split(images, np.zeros(len(ids), np.int64), ids)
-    predictions, uncertainty = evaluate(nets, split, config, device)
+    seeds = dataclasses.replace(split, ids=[Path(name).stem for name in ids])       # the same file has the same noise in any folder
+    predictions, uncertainty = evaluate(nets, seeds, config, device)
     p, out = predictions[METHOD], run.result_folder(output, checkpoint, "predict", config)
     run.write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], facts["classes"], labelled=False)
     for i, name in enumerate(ids):
         label = facts["classes"][p[i].argmax()]
         lines = [f"{kind} {u[i]:.3f}" for kind, u in uncertainty.items()]
         print(f"{name}  {label}  p {p[i].max():.3f}  " + "  ".join(lines))
-        plots.panel(out / f"{i:04d}-{run.file_name(name)}.png", images[i], f"{name}: {label}", dict(zip(facts["classes"], p[i])), lines)
+        plots.panel(out / f"{i:04d}-{run.file_name(Path(name).stem)}.png", images[i], f"{label}: {Path(name).name}",
+                    dict(zip(facts["classes"], p[i])), lines)
     print(*problems, f"panels and predictions.csv: {out}   (not for clinical use)", sep="\n")
 
 

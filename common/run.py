@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn                                             # dist.nn is not there without it
 from tqdm import tqdm
 
 from . import metrics, plots
@@ -63,6 +64,7 @@ def configure(Config, given, small, plus, by_data):
     for name in given:
         if name not in Config.__dataclass_fields__:
             raise UserError(f"--{name.replace('_', '-')}: no such option")
+    check(Config(**given))                                              # types first: what follows computes with them
     data = given.get("data", Config.data)
     scale = given.get("scale") or ("small" if data.startswith("toy") else "paper")
     recipe = given.get("recipe") or ("plus" if scale == "small" else "paper")
@@ -71,7 +73,7 @@ def configure(Config, given, small, plus, by_data):
         values = values | by_data.get(data, {})                         # a toy set's own size holds at every scale
     values = values | dict(scale=scale, recipe=recipe)
     if "epochs" in given and "pretrain_epochs" not in given:            # --epochs caps every stage
-        values["pretrain_epochs"] = min(values.get("pretrain_epochs", Config.pretrain_epochs), int(given["epochs"]))
+        values["pretrain_epochs"] = min(values.get("pretrain_epochs", Config.pretrain_epochs), given["epochs"])
     config = Config(**values | given)
     check(config)
     return config
@@ -89,6 +91,8 @@ def check(config):
             raise UserError(f"{option} {value!r}: {'a whole' if field.type is int else 'a'} number is needed")
         if field.type in (str, bool) and not isinstance(value, field.type):
             raise UserError(f"{option} {value!r}: {'text' if field.type is str else 'true or false'} is needed")
+        if field.type is int and abs(value) >= 2 ** 63:
+            raise UserError(f"{option}: a number of {len(str(abs(value)))} digits is too large")
         if limits := re.match(r"\[([^\]]*?)\.\.([^\]]*?)\]", comments[field.name][1]):
             low, high = (float(x) if x else None for x in limits.groups())
             if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
@@ -131,6 +135,8 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
     ...}; `tables` = {"--scale small": {field: value}, ...} are shown by --help; `errors` are exceptions that are a user's mistake.
     """
     argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")               # the name of a file may hold what a terminal cannot show
     name = argv.pop(0) if argv and argv[0] in commands else "train"
     function, names, summary = commands[name]
     prog = f"python {method}.py" + (f" {name}" if name != "train" else "")
@@ -165,9 +171,11 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
         code, message = 2, str(mistake)
     except (WorkError, OSError) as fault:
         code, message = 1, str(fault)
-    except torch.OutOfMemoryError as fault:
-        code = 1
-        message = f"out of memory ({str(fault).split('.')[0]}): try a smaller --batch-size with --grad-accum, or --size"
+    except (RuntimeError, MemoryError) as fault:                        # of the CPU's memory torch has no class of its own
+        if isinstance(fault, RuntimeError) and not re.search("out of memory|allocate memory|not enough memory|size calculation", str(fault)):
+            raise
+        code, reason = 1, re.sub(r"^\[.*?\] .*?\. ", "", f"{fault} ").split(". ")[0]
+        message = f"out of memory ({reason}): try a smaller --batch-size with --grad-accum, or --size"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
 
@@ -175,10 +183,10 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
 # ----------------------------------------------------------------------------- signals and progress
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. `note` says what was saved."""
+    """Ctrl-C or SIGTERM. `note` says what was saved; `between` two steps, a state is whole and may be saved."""
 
-    def __init__(self, signum):
-        self.signum, self.note = signum, "files already written are whole"
+    def __init__(self, signum, between=False):
+        self.signum, self.between, self.note = signum, between, "files already written are whole"
 
 
 _deferred, _pending = False, None
@@ -214,7 +222,8 @@ def defer_signals(save, note):
     try:
         yield
     except Interrupted as stop:
-        save()
+        if stop.between:                                                # a second signal: the step is torn, last.pt is not
+            save()
         stop.note = note
         raise
     finally:
@@ -223,7 +232,7 @@ def defer_signals(save, note):
 
 def check_signals():
     if _pending:
-        raise Interrupted(_pending)
+        raise Interrupted(_pending, between=True)
 
 
 def progress(iterable, what, total=None, start=0):
@@ -278,6 +287,8 @@ def start(config):
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("no such kind of device here")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         raise UserError(f"--device {name}: {str(fault).splitlines()[0]}; take auto or cpu") from None
@@ -286,6 +297,12 @@ def start(config):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return device
+
+
+def place(nets, device):
+    """Networks on the device; channels_last on CUDA alone: on a CPU torch 2.13 crashes in the backward pass of a strided 1x1
+    convolution of 8 channels on an odd batch (Conv2d(8, 16, 1, 2), 29 images of 32 x 32)."""
+    return nets.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
 
 
 def autocast(config, device):
@@ -305,7 +322,12 @@ def average_gradients(parameters):
 
 def all_rows(x):
     """The rows (B, ...) of all processes, with gradients: a statistic of the batch must see the whole batch."""
-    return torch.cat(dist.nn.functional.all_gather(x)) if world() > 1 else x
+    if world() == 1:
+        return x
+    counts = [torch.tensor(0, device=x.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor(len(x), device=x.device))
+    padded = torch.cat([x, x.new_zeros(max(counts).item() - len(x), *x.shape[1:])])     # the shares of a batch differ by a row
+    return torch.cat([rows[:n] for rows, n in zip(dist.nn.functional.all_gather(padded), counts)])
 
 
 def gather(rows):
@@ -341,7 +363,7 @@ def choose_folder(config, method, resume=None):
     if resume is not None:
         return Path(resume)
     if config.output:
-        if (Path(config.output) / "last.pt").exists():
+        if holds_run(config.output):
             raise UserError(f"--output {config.output}: holds a run; add --resume to go on with it, or name another folder")
         return Path(config.output)
     out = [free_folder(ROOT / "runs" / f"{method}-{config.data}-{config.scale}-{config.recipe}-s{config.seed}")]
@@ -350,10 +372,17 @@ def choose_folder(config, method, resume=None):
     return out[0]
 
 
+def holds_run(folder):
+    try:
+        return (Path(folder) / "last.pt").exists()
+    except OSError as fault:                                            # a name too long, a folder that is not ours
+        raise UserError(f"--output {folder}: cannot be used ({fault.strerror}); name another folder") from None
+
+
 def free_folder(path):
     """`path`, or the first of path-2, path-3, ... that is absent or empty."""
     out, n = path, 1
-    while out.exists() and any(out.iterdir()):
+    while out.exists() and (not out.is_dir() or any(out.iterdir())):
         n += 1
         out = path.with_name(f"{path.name}-{n}")
     return out
@@ -363,6 +392,9 @@ def make_folder(out, config):
     """Makes a folder with figures/ and config.json in it. Raises UserError where nothing can be written."""
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".*.tmp"):                                 # half-written files of a run that was killed
+            if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
+                left.unlink(missing_ok=True)
         write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as fault:
         raise UserError(f"--output {out}: cannot write there ({fault.strerror}); name another folder") from None
@@ -370,6 +402,8 @@ def make_folder(out, config):
 
 def result_folder(output, checkpoint, name, config):
     """Where `eval` and `predict` write: --output, or the next free folder beside the checkpoint."""
+    if output and holds_run(output):
+        raise UserError(f"--output {output}: holds a run, whose numbers this would overwrite; name another folder")
     out = Path(output) if output else free_folder(Path(checkpoint).resolve().parent / name)
     make_folder(out, config)
     return out
@@ -386,10 +420,13 @@ def write(path, content):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            content(f) if callable(content) else f.write(content.encode() if isinstance(content, str) else content)
+            content(f) if callable(content) else f.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as fault:
+        fault.filename, fault.filename2 = str(path), None               # so that the message names it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -432,6 +469,8 @@ def check_zip(path):
         entries = archive.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
             raise ValueError("compressed or overlapping entries")
+        if any(e.filename.endswith("/constants.pkl") for e in entries):
+            raise ValueError("a TorchScript program, not weights")
         if bad := archive.testzip():
             raise ValueError(f"checksum of {bad} is wrong: bits have changed")
 
@@ -464,8 +503,9 @@ def read_safetensors(path):
 def load_checkpoint(path, method):
     """A checkpoint of this method, as `save` wrote it; UserError if it is anything else."""
     content = load_weights(path)
-    if not isinstance(content, dict) or "method" not in content or "config" not in content:
-        raise UserError(f"{path}: not a checkpoint of this project (no method inside); take a run's best.pt or last.pt")
+    kinds = {"format": int, "method": str, "config": dict, "facts": dict, "ema": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f"{path}: not a checkpoint of this project; take a run's best.pt or last.pt")
     if content["method"] != method:
         raise UserError(f"{path}: a checkpoint of {content['method']}: use python {content['method']}.py")
     if content["format"] > FORMAT:
@@ -487,13 +527,15 @@ def load_model(path, method, Config, build, given):
     """A checkpoint's settings, EMA networks ready for use, facts (classes, channels, multilabel) and device."""
     content = load_checkpoint(path, method)
     config, facts = config_from(Config, content, **given), content["facts"]
+    here = lambda c: (c["data"], Path(c["root"]).resolve())
+    facts["own_data"] = here(dataclasses.asdict(config)) == here(content["config"])     # not another set, of test images only
     device = start(config)
     nets = build(config, facts)
     try:
         nets.load_state_dict(content["ema"])
     except RuntimeError as fault:
         raise UserError(f"{path}: its weights do not fit its settings ({str(fault).splitlines()[1].strip()[:100]})") from None
-    return config, nets.to(device, memory_format=torch.channels_last).eval(), facts, device
+    return config, place(nets, device).eval(), facts, device
 
 
 def resume_folder(resume, output):
@@ -501,6 +543,8 @@ def resume_folder(resume, output):
     folder = Path(resume or output or "")
     if not (resume or output):
         raise UserError("--resume: say which run: --resume RUN, or --output RUN --resume")
+    if resume and output and Path(resume) != Path(output):
+        raise UserError(f"--resume {resume} --output {output}: a resumed run stays in its folder; name one of the two")
     folder = folder.parent if folder.name in ("last.pt", "best.pt") else folder
     if not (folder / "last.pt").exists():
         raise UserError(f"--resume {folder}: no last.pt there; a run saves its first at the end of its first epoch")
@@ -573,8 +617,8 @@ class State:
             self.sums[k] = self.sums.get(k, 0) + (v * weight if v.ndim == 0 else v)
 
     def means(self):
-        """The epoch's means; starts the next epoch's sums."""
-        sums, self.sums = {k: v.cpu() for k, v in self.sums.items()}, {}
+        """The epoch's means. The sums stay until `close_epoch`: a run stopped during validation needs them again."""
+        sums = {k: v.cpu() for k, v in self.sums.items()}
         count = sums.pop("count")
         return {k: (v / count).item() if v.ndim == 0 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
@@ -590,6 +634,8 @@ class State:
 
     def load_best(self, path):
         """The EMA networks of the best epoch, the plain ResNet of its own best epoch; both are written back to best.pt."""
+        if world() > 1:
+            dist.barrier()                                              # until process 0 has written it
         content = load_checkpoint(path, self.method)
         content["ema"].update({f"resnet.{k}": v for k, v in self.best_resnet.items()})
         self.ema.load_state_dict(content["ema"])
@@ -599,9 +645,11 @@ class State:
     def close_epoch(self, row, out, total):
         """Logs an epoch and saves last.pt; the log is written from the checkpoint's history, so that no line is lost or doubled."""
         self.history.append(row)
+        self.sums = {}
+        if rank() == 0:                                                 # before last.pt: a run killed in between does this epoch again
+            write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
         self.save(out / "last.pt")
         if rank() == 0:
-            write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
             shown = {k: v for k, v in row.items() if k in ("loss", "seconds") or k.endswith("accuracy") and "balanced" not in k}
             print(f"epoch {row['epoch']}/{total}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
 
@@ -610,13 +658,18 @@ def load_pretrained(net, path):
     """ImageNet weights into a ResNet; UserError naming the tensor that does not fit."""
     try:
         load_backbone(net, load_weights(path))
+    except UserError as fault:
+        raise UserError(f"--pretrained {fault}") from None
     except (ValueError, AttributeError) as fault:
         raise UserError(f"--pretrained {path}: {fault}; needed: torchvision's ResNet-{net.depth} weights, --size 100 or more") from None
 
 
 def load_init(nets, path, method):
     """Starts from the EMA weights of another run of this method; layers that do not fit (other classes) keep their own."""
-    given, own = load_checkpoint(path, method)["ema"], nets.state_dict()
+    try:
+        given, own = load_checkpoint(path, method)["ema"], nets.state_dict()
+    except UserError as fault:
+        raise UserError(f"--init {fault}") from None
     fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if not fits:
         raise UserError(f"--init {path}: no tensor fits this network (another --scale or --width?)")
@@ -629,6 +682,8 @@ def load_init(nets, path, method):
 
 def describe(config, data, method, nets, device):
     """The first lines of a run: what is trained, on what, with how many images of which class."""
+    if rank() > 0:
+        return
     parameters = sum(p.numel() for p in nets.parameters())
     print(f"{method} --scale {config.scale} --recipe {config.recipe}: {config.data}, {data.channels} x {config.size} x {config.size}, "
           f"{parameters:,} parameters, {device}, seed {config.seed}")

@@ -22,12 +22,13 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     root      its folder; default data/raw/NAME
     size      pixels a side; default 32 for toy sets, else 224
     seed      of the toy images and of `limit`; no split depends on it
-    split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by patient
-              or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides
+    split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by
+              patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides
     limit     at most this many images a split, each class its share and at least one, drawn before decoding
     fit       "crop" the central square (default) or "squash" the whole picture
     skip_bad  leave out files that are missing or cannot be read, and say how many; otherwise they are an error
-    test_only only test is wanted (train and val are None), so root may hold nothing else
+    test_only only test is wanted (train and val are None), so root may hold nothing else; a plain folder of classes is then
+              all test: for foreign data, never for the root that a model was trained on
     classes   the class names in the order that the labels shall have, as a trained model knows them
     channels  1 or 3; default as the pictures are
     """
@@ -53,7 +54,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     records, notes = table.records, table.notes
     for part, n, of in zip(("test", "validation"), splits.leaking(records), ("train or validation", "train")):
         if n:
-            notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group keeps them apart")
+            notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group mends it")
     if test_only:
         records = [r for r in records if r.split == "test"]
     records = _limited(records, limit, seed)
@@ -80,7 +81,8 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
         line = too_many_bad(list(bad.values()), len(records))
         if not skip_bad:
             raise DataError(line)
-        notes.append(f"{len(bad):,} of {len(records):,} images cannot be read and are left out, first: {next(iter(bad.values()))}")
+        first = next(iter(bad.values()))
+        notes.append(f"{len(bad):,} of {len(records):,} images cannot be read and are left out, first: {first}")
     sides = ["bad" if row in bad else r.split for row, r in enumerate(records)]
     twice = splits.duplicates(hashes, sides)
     for part, rows, of in zip(("train", "validation"), twice, ("validation or test", "test")):

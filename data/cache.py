@@ -36,7 +36,7 @@ def folder():
 def load(paths, size, channels, fit, name="images", workers=None):
     """Files -> uint8 (N, channels, size, size) read-only memory map, N hashes, {row: why it cannot be read}, list of notes.
 
-    Decodes in threads (Pillow lets go of the GIL). Where the folder cannot be written, the array is held in memory.
+    Decodes in threads: Pillow lets go of the GIL. Where the folder cannot be written, the array is held in memory.
     """
     paths = [images.follow(path) for path in paths]
     shape = (len(paths), channels, size, size)
@@ -46,7 +46,8 @@ def load(paths, size, channels, fit, name="images", workers=None):
     try:
         return *_build(stem, paths, shape, fit, workers), []
     except OSError as error:
-        note = f"cache folder {folder()} cannot be written ({error.strerror or error}): images are held in memory, decoded anew each run"
+        note = (f"cache folder {folder()} cannot be written ({error.strerror or error}): images are held in memory "
+                "and decoded again in the next run")
     array = np.empty(shape, np.uint8)
     hashes, bad = _decode_all(paths, shape, fit, workers, array.__setitem__)
     return array, hashes, bad, [note]
@@ -61,10 +62,6 @@ def _key(paths, size, channels, fit):
             return [os.path.abspath(path), None, None]
     facts = json.dumps([VERSION, size, channels, fit, [facts(path) for path in paths]])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
-def _hash(pixels):
-    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
 
 
 def _readable(path, size, channels, fit):
@@ -127,9 +124,10 @@ def _decode_all(paths, shape, fit, workers, keep):
     """Calls keep(row, uint8 (C, size, size)) in order, with zeros for what cannot be read; returns N hashes, {row: reason}."""
     def decode(path):
         try:
-            return images.decode(path, shape[-1], shape[1], fit), None
+            pixels, reason = images.decode(path, shape[-1], shape[1], fit), None
         except DataError as error:
-            return np.zeros(shape[1:], np.uint8), str(error)
+            pixels, reason = np.zeros(shape[1:], np.uint8), str(error)
+        return pixels, hashlib.blake2b(pixels, digest_size=16).hexdigest(), reason
     hashes, bad = [], {}
     pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
     try:
@@ -137,9 +135,9 @@ def _decode_all(paths, shape, fit, workers, keep):
             warnings.simplefilter("ignore")
             bar = tqdm(pool.map(decode, paths), "decoding", len(paths), file=sys.stderr, disable=len(paths) < 500,
                        mininterval=1, unit="image")
-            for row, (pixels, reason) in enumerate(bar):
+            for row, (pixels, digest, reason) in enumerate(bar):
                 keep(row, pixels)
-                hashes.append(_hash(pixels))
+                hashes.append(digest)
                 if reason:
                     bad[row] = reason
     finally:

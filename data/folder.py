@@ -2,7 +2,7 @@
 
     ROOT/{train,val,test}/CLASS/**.png      the splits as given (val is also called valid or validation)
     ROOT/CLASS/**.png                       splits are carved: 30 % test, 10 % validation
-    ROOT/classes.txt                        optional: the classes in order, a line each (grades need it); else sorted, 2_x before 10_x
+    ROOT/classes.txt                        optional: the classes in order, a line each (for grades); else sorted, 2_x before 10_x
     ROOT/groups.csv                         optional: file,group with the patient of each file, path below ROOT or file name
 """
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from .images import EXTENSIONS, FORMATS, GREY_MODES, find_images, follow
-from .splits import SPLITS, assign
+from .splits import SPLITS, TEST, VAL, assign
 from .tables import Record, Table, missing_columns, read_table
 from .types import DataError
 
@@ -38,7 +38,8 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
     elif "train" not in given and given:
         raise DataError(f"{root}: holds only {', '.join(p.name for p in given.values())}; `eval` takes a test set, "
                         f"training needs train/CLASS too")
-    found = [(part, path.name, image) for part, place in given.items() for path in _folders(place) for image in _images(path, notes)]
+    found = [(part, path.name, image)
+             for part, place in given.items() for path in _folders(place) for image in _images(path, notes)]
     if not found:
         loose = " (images lie in the folder itself: sort them into a folder per class)" if find_images(root) else ""
         raise DataError(f"{root}: no images in class folders{loose}; {EXPECTED}; extensions {' '.join(EXTENSIONS)}")
@@ -66,13 +67,14 @@ def _split(root, records, split, notes):
         if split == "official":
             notes.append("no train and test folders: split group instead")
         unit = "images" if split == "paper" else unit
-        notes.append(f"split {'paper' if split == 'paper' else 'group'}: 30 % of the {unit} of each class are test, 10 % validation")
+        name = "paper" if split == "paper" else "group"
+        notes.append(f"split {name}: 30 % of the {unit} of each class are test, 10 % validation")
         return assign(records, by_group=split != "paper")
     train = [r for r in records if r.split == "train"]
     rest = [r for r in records if r.split != "train"]
     lacking = [p for p in ("val", "test") if p not in parts]
     if lacking:
-        train = assign(train, test=.3 * ("test" in lacking), val=.1 * ("val" in lacking))
+        train = assign(train, test=TEST * ("test" in lacking), val=VAL * ("val" in lacking))
         share = " and ".join(f"{'10' if p == 'val' else '30'} % as {p}" for p in lacking)
         notes.append(f"split official: the folders as given; {share} carved from train, by {unit} within each class")
     else:

@@ -1,6 +1,6 @@
 """HAM10000 and ISIC 2018 Task 3: seven kinds of pigmented skin lesion, dermoscopy, one label an image (CC BY-NC 4.0).
 
-Tschandl et al., Sci Data 5:180161 (2018). 10,015 images of 7,470 lesions for training; 193 and 1,512 more for validation and test.
+Tschandl et al., Sci Data 5:180161 (2018). 10,015 images of 7,470 lesions to train, 193 and 1,512 to validate and test.
 A table is known by its columns, not by its name; what an image is for, by the table's name or else by its ISIC number.
 """
 import re
@@ -12,7 +12,7 @@ from .splits import assign
 from .tables import Record, Table, missing_columns, read_columns, read_table
 from .types import DataError
 
-CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # the order of ISIC's columns; Kaggle code often sorts them
+CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # ISIC's order of columns; Kaggle code often sorts them
 FIRST_WORD = {"melanoma": "mel", "melanocytic": "nv", "nevus": "nv", "nevi": "nv", "basal": "bcc", "actinic": "akiec",
               "bowen": "akiec", "benign": "bkl", "dermatofibroma": "df", "vascular": "vasc"}      # of a name written out
 OFFICIAL_IDS = {"val": range(34321, 34524), "test": range(34524, 36065)}                          # ISIC_0034524 is a test image
@@ -68,7 +68,7 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
                      + ("the ISIC 2018 validation set" if val else "10 % of the training lesions of each class"))
         return Table((train if val else assign(train, test=0)) + val + test, CLASSES, 3, notes)
     if split == "official":
-        notes.append("no official test set here (ISIC2018_Task3_Test_Input and ISIC2018_Task3_Test_GroundTruth): split group instead")
+        notes.append("no official test set here (ISIC2018_Task3_Test_Input, ISIC2018_Task3_Test_GroundTruth): split group instead")
     notes.append("split paper: 30 % test and 10 % validation by image, as DiffMIC's 7:3 (not its very list)" if split == "paper"
                  else "split group: 30 % of the lesions of each class are test, 10 % validation")
     return Table(assign(train, by_group=split != "paper"), CLASSES, 3, notes)

@@ -112,7 +112,7 @@ def follow(path):
 
 
 def find_images(folder):
-    """Sorted paths of the images below a folder, by extension in any letter case. Links are followed, loops and litter are not."""
+    """Sorted paths of the images below a folder, by extension in any case. Links are followed, loops and litter are not."""
     found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_cannot_list):
         seen.add(os.path.realpath(here))

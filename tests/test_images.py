@@ -194,7 +194,8 @@ def test_a_link_that_git_left_as_text_is_followed(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ a user's own paths
 def test_folders_are_searched_without_litter_and_without_endless_loops(tmp_path):
-    for name in ("b.PNG", "sub/a.JpG", ".hidden.png", "__MACOSX/x.png", ".ipynb_checkpoints/x.png", "sub/c.tiff", "Thumbs.db", "x.txt"):
+    for name in ("b.PNG", "sub/a.JpG", "sub/c.tiff", ".hidden.png", "__MACOSX/x.png", ".ipynb_checkpoints/x.png", "Thumbs.db",
+                 "x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)

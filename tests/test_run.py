@@ -1,0 +1,686 @@
+"""Settings, command line, reading weights, seeds, EMA, files, signals, and several processes: all of common/run.py.
+
+What a whole run survives (kills, full disks, non-finite numbers) is in test_faults.py.
+"""
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import signal
+import socket
+import struct
+import sys
+import tarfile
+import time
+import traceback
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import diffmic
+from common import run
+from common.mmd import mmd_rbf
+from data import Batches, Split, toy
+
+FIELDS = dataclasses.fields(diffmic.Config)
+
+
+def main(*argv):
+    """The command line in this process: exit code, what it printed, what it complained of."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = diffmic.main([str(a) for a in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refusal(*argv, code=2):
+    """The text behind the one `error:` line that the command must end with."""
+    got, _, err = main(*argv)
+    lines = [line for line in err.strip().splitlines() if not re.fullmatch(r".+: \d+/\d+, .+ s left", line)]     # progress
+    assert got == code and len(lines) == 1 and lines[0].startswith("error: "), f"{argv}: exit {got}, {err!r}"
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """What `train` is asked for, without training."""
+    seen = []
+    monkeypatch.setattr(diffmic, "train", lambda config, resume=None: seen.append(config))
+
+    def ask(*argv):
+        code, _, err = main(*argv)
+        assert code == 0, err
+        return seen.pop()
+    return ask
+
+
+# ----------------------------------------------------------------------------- settings
+
+def test_the_toy_set_is_small_and_plus_and_every_other_set_is_the_papers(configured):
+    toy_run, real = configured(), configured("--data", "ham10000")
+    assert (toy_run.scale, toy_run.recipe, real.scale, real.recipe) == ("small", "plus", "paper", "paper")
+    assert {k: getattr(toy_run, k) for k in diffmic.SMALL if k != "size"} == {k: v for k, v in diffmic.SMALL.items() if k != "size"}
+    assert {k: getattr(toy_run, k) for k in diffmic.PLUS} == diffmic.PLUS
+    assert toy_run.size == 32 and real == diffmic.Config(data="ham10000", **diffmic.BY_DATA["ham10000"])
+
+
+def test_scale_recipe_and_fields_can_be_set_one_by_one(configured):
+    real = configured("--data", "ham10000", "--scale", "small")
+    assert (real.size, real.recipe, real.samples) == (64, "plus", diffmic.PLUS["samples"])
+    real = configured("--data", "ham10000", "--scale", "small", "--recipe", "paper", "--width", "16")
+    assert (real.size, real.samples, real.width, real.hidden) == (64, 1, 16, diffmic.SMALL["hidden"])
+    big_toy = configured("--scale", "paper")
+    assert (big_toy.recipe, big_toy.width, big_toy.size) == ("paper", 64, 32)       # a toy set keeps its own size
+    assert configured("--size", "48").size == 48
+
+
+def test_epochs_caps_the_warm_up_as_well(configured):
+    assert configured("--epochs", "1").pretrain_epochs == 1
+    assert configured("--epochs", "100").pretrain_epochs == diffmic.SMALL["pretrain_epochs"]
+    assert configured("--epochs", "1", "--pretrain-epochs", "5").pretrain_epochs == 5
+    assert configured("--data", "ham10000", "--epochs", "3").pretrain_epochs == 3
+
+
+def test_underscores_and_short_names_are_understood(configured):
+    want = configured("--batch-size", "7", "--output", "there", "--no-baseline", "--skip-bad")
+    assert want.batch_size == 7 and want.output == "there" and not want.baseline and want.skip_bad
+    assert configured("--batch_size=7", "--out", "there", "--no-baseline", "--skip_bad") == want
+    assert configured("train", "--batch", "7", "--out=there", "--no-baseline", "--skip-bad") == want
+
+
+def test_an_option_says_its_value_however_it_looks(configured):
+    assert configured("--output", "a_b--c_d", "--root=x_y").output == "a_b--c_d"
+    assert configured("--root=x_y").root == "x_y"
+
+
+def test_an_unknown_option_names_the_nearest_one():
+    assert "--epochz" in (line := refusal("--epochz", "3")) and "did you mean --epochs" in line
+    assert "--batchsize" in (line := refusal("--batchsize", "3")) and "--batch-size" in line
+    assert "--help" in refusal("--qqqqqqqq")
+    assert "--epo" in refusal("--epo", "3"), "no abbreviations: they break when an option is added"
+    assert "--checkpoint" in refusal("eval")
+    assert "IMAGE" in refusal("predict", "--checkpoint", "x.pt")
+
+
+def test_a_wrong_call_from_python_is_a_user_error_too():
+    for given in (dict(epochs="3"), dict(epochs=None), dict(epochs=2.5), dict(lr="fast"), dict(seed=True), dict(data=5), dict(scale=1),
+                  dict(baseline="no"), dict(nothing=1), dict(lr=math.nan)):
+        with pytest.raises(run.UserError, match="--" + next(iter(given))):
+            diffmic.configure(**given)
+    assert diffmic.configure(lr=1).lr == 1                              # a whole number is a number
+
+
+def mistakes(field):
+    """(argv, why) for each way of getting a field wrong, made from its type and the range in its comment."""
+    option = "--" + field.name.replace("_", "-")
+    if typing.get_args(field.type):
+        yield from ([f"{option}={x}"] for x in ("nonsense", "", "-1"))
+    elif field.type is bool:
+        yield from ([f"{option}={x}"] for x in ("nonsense", "1"))
+    elif field.type in (int, float):
+        yield from ([f"{option}={x}"] for x in ("nonsense", "", "nan", "inf", "1,5", "0x10", "9" * 400))
+        if field.type is int:
+            yield from ([f"{option}={x}"] for x in ("1.5", "1e3", str(2 ** 64)))
+        low, high = re.match(r"\[(.*?)\.\.(.*?)\]", run.field_comments(diffmic.Config)[field.name][1]).groups()
+        yield from ([f"{option}={float(x) + by:g}"] for x, by in ((low, -1), (high, 1)) if x and field.type is float)
+        yield from ([f"{option}={int(x) + by}"] for x, by in ((low, -1), (high, 1)) if x and field.type is int)
+    elif field.name == "root":
+        yield from (["--data", data, "--root", "/nonsense"] for data in ("folder", "ham10000"))
+    elif field.name == "output":
+        yield from ([option, x] for x in ("/dev/null/nonsense", "n" * 300))
+    else:
+        yield [option, "nonsense"]
+    if field.name == "device":
+        yield from ([option, x] for x in ("meta", "cpu:x", "cuda:99"))
+    if field.name == "augment":
+        yield [option, "hflip,nonsense"]
+    if field.name == "roi_size":
+        yield [option, "33"]                                            # wider than the image
+    if field.name == "steps":
+        yield [option, "1001"]                                          # more than the noise levels
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
+def test_every_mistake_in_an_option_is_one_line_with_its_name(field, tmp_path):
+    tried = 0
+    for argv in mistakes(field):
+        place = [] if field.name == "output" else ["--output", tmp_path / "run"]
+        line = refusal("--limit", 8, "--epochs", 1, "--pretrain-epochs", 0, *place, *argv)
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", line) or field.name == "root" and "/nonsense" in line, f"{argv}: {line}"
+        assert len(line) < 600 and not (tmp_path / "run" / "last.pt").exists()
+        tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("argv", [["--hidden", 10 ** 9], ["--timesteps", 10 ** 12], ["--samples", 10 ** 9], ["--width", 10 ** 10]], ids=str)
+def test_what_no_memory_can_hold_is_one_line_and_no_traceback(argv, tmp_path):
+    line = refusal("--limit", 8, "--epochs", 1, "--pretrain-epochs", 0, "--output", tmp_path / "run", *argv, code=1)
+    assert "memory" in line and "--batch-size" in line
+
+
+def test_help_shows_every_option_with_its_default_in_its_group():
+    code, text, err = main("--help")
+    assert code == 0 and not err
+    groups = ["data", "model", "training", "output", "method"]
+    places = [text.index(f"\n{g}:\n") for g in groups]
+    assert places == sorted(places) and "examples:" in text[places[-1]:]
+    plain = " ".join(text.split())
+    comments = run.field_comments(diffmic.Config)
+    assert [f.name for f in FIELDS] == list(comments), "a field without a comment, or in another order"
+    for field in FIELDS:
+        default = field.default if field.default != "" else "none"
+        place = re.search(rf"\n  (--\w+ \w+, )?--(\[?no-\]?)?{field.name.replace('_', '-')}\b", text)
+        assert place, f"--{field.name} is missing"
+        begin = groups.index(comments[field.name][0])
+        assert places[begin] < place.start() < (places + [len(text)])[begin + 1], f"--{field.name} is in another group"
+        assert " ".join(comments[field.name][1].split()) + f"; default {default}" in plain.replace("- ", "-") or \
+            " ".join(comments[field.name][1].split()) + f"; default {default}" in plain, f"--{field.name}"
+    for command in ("eval", "predict"):
+        code, text, _ = main(command, "--help")
+        assert code == 0 and "--checkpoint" in text and "--samples" in text and "--epochs" not in text
+
+
+# ----------------------------------------------------------------------------- reading weights
+
+TENSORS = {"a": torch.arange(6.).reshape(2, 3), "b": torch.tensor([1, 2, 3]), "c.d": torch.tensor(2.5, dtype=torch.float16)}
+
+
+def write_safetensors(path, tensors=TENSORS, header=None, behind=b""):
+    """By the format's description: length of the header, the header, the bytes in the order of their offsets."""
+    kinds, block, entries = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}, b"", {"__metadata__": {"format": "pt"}}
+    for name, t in tensors.items():
+        raw = t.contiguous().numpy().tobytes()
+        entries[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [len(block), len(block) + len(raw)]}
+        block += raw
+    text = json.dumps(header(entries) if header else entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + block + behind)
+    return path
+
+
+def same(a, b):
+    """Equal to the last bit, whatever it is made of."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.ckpt", "old.pth", "w.safetensors"])
+def test_weights_are_read_from_every_kind_of_file(name, tmp_path):
+    path = tmp_path / name
+    if name == "w.safetensors":
+        write_safetensors(path)
+    else:                                                               # torchvision's older files are no zip; .ckpt nests the weights
+        torch.save({"state_dict": TENSORS, "epoch": 3} if name == "w.ckpt" else TENSORS, path, _use_new_zipfile_serialization=name != "old.pth")
+    assert same(run.load_weights(path), TENSORS)
+
+
+class Call:
+    """Pickles as the call of a function, which is how a pickle runs code."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def pack(path, entries, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries.items():
+            archive.writestr("archive/" + name, content)
+    return path
+
+
+def checkpoint(path, method="diffmic", **more):
+    """A small file laid out as State.save does it."""
+    generator = torch.Generator().manual_seed(0)
+    nets = {f"layer{i}.weight": torch.randn(24, 24, generator=generator) for i in range(4)}
+    run.save(path, dict(format=run.FORMAT, method=method, config={}, facts={}, nets=nets, ema=nets, optimizer={}, position={}, **more))
+    return path
+
+
+def malicious(folder, touch):
+    """Name of a file, what the refusal must say, and a loader that would fall for it (None: the file lies, it does not run)."""
+    shell = f"touch {shlex.quote(str(touch))}"
+    opcodes = (f"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S{shell!r}\ntR.").encode()
+    run_it = pickle.dumps(Call(os.system, shell))
+    torch.save({"method": "diffmic", "ema": Call(os.system, shell)}, folder / "system.pt")
+    yield "system.pt", "pickled code", lambda p: torch.load(p, weights_only=False)
+    torch.save(Call(eval, f"__import__('os').system({shell!r})"), folder / "eval.pt")
+    yield "eval.pt", "pickled code", lambda p: torch.load(p, weights_only=False)
+    pack(folder / "getattr.pt", {"data.pkl": opcodes, "version": b"3\n", "byteorder": b"little"})
+    yield "getattr.pt", "pickled code", lambda p: torch.load(p, weights_only=False)
+    pack(folder / "jit.pt", {"data.pkl": run_it, "constants.pkl": run_it, "version": b"3\n", "code/__torch__.py": f"import os\nos.system({shell!r})\n"})
+    yield "jit.pt", "TorchScript", None
+    with tarfile.open(folder / "tar.pt", "w") as archive:               # torch's format before 0.1.10
+        for name in ("storages", "tensors", "pickle"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(run_it)
+            archive.addfile(entry, io.BytesIO(run_it))
+    yield "tar.pt", "", lambda p: pickle.loads(tarfile.open(p).extractfile("pickle").read())
+    (folder / "bare.pth").write_bytes(opcodes)
+    yield "bare.pth", "pickled code", lambda p: pickle.loads(p.read_bytes())
+    torch.save({"method": np.array([Call(os.system, shell)], dtype=object)}, folder / "objects.pt")
+    yield "objects.pt", "pickled code", lambda p: torch.load(p, weights_only=False)
+    with zipfile.ZipFile(folder / "objects.npz.pt", "w") as archive, archive.open("a.npy", "w") as f:
+        np.lib.format.write_array(f, np.array([Call(os.system, shell)], dtype=object), allow_pickle=True)
+    yield "objects.npz.pt", "", lambda p: np.load(p, allow_pickle=True)["a"]
+    pack(folder / "bomb.pt", {"data.pkl": pickle.dumps({}), "version": b"3\n", "data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
+    yield "bomb.pt", "compressed", None
+    (folder / "header.safetensors").write_bytes(struct.pack("<Q", 2 ** 63) + b"{}" + bytes(100))
+    yield "header.safetensors", "header longer", None
+
+    def second(begin, end):
+        return lambda h: {**h, "b": {"dtype": "I64", "shape": [3], "data_offsets": [begin, end]}}
+    write_safetensors(folder / "overlap.safetensors", header=second(0, 24))
+    yield "overlap.safetensors", "overlaps", None
+    write_safetensors(folder / "hole.safetensors", {k: TENSORS[k] for k in "ab"}, header=second(32, 56), behind=bytes(8))
+    yield "hole.safetensors", "holes", None
+    deep = b'{"a":' * 100_000
+    (folder / "deep.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep)
+    yield "deep.safetensors", "recursion", None
+
+
+def test_no_malicious_file_is_read_and_none_runs_anything(tmp_path):
+    touch = tmp_path / "marker"
+    names = []
+    for name, reason, victim in malicious(tmp_path, touch):
+        names.append(name)
+        if victim:                                                      # the file is a real danger: this loader falls for it
+            with contextlib.suppress(Exception):
+                victim(tmp_path / name)
+            assert touch.exists(), f"{name} would harm nobody, so it tests nothing"
+            touch.unlink()
+        for argv in (["eval", "--checkpoint"], ["predict", "--checkpoint"], ["--limit", 8, "--output", tmp_path / "run", "--init"],
+                     ["--limit", 8, "--output", tmp_path / "run", "--pretrained"])[:None if name in ("system.pt", "hole.safetensors") else 1]:
+            line = refusal(*argv, tmp_path / name, *(["x.png"] if "predict" in argv else []))
+            assert name in line and reason in line and not touch.exists(), line
+    assert len(names) == 13
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    path = pack(tmp_path / "w.pt", {"data.pkl": pickle.dumps({}), "data/0": bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 200_000
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "open", lambda *a, **k: opened.append(a) or 1 / 0)
+        patch.setattr(torch, "load", lambda *a, **k: opened.append(a))
+        with pytest.raises(run.UserError, match="compressed"):
+            run.load_weights(path)
+    assert not opened
+
+
+def test_entries_that_share_bytes_are_refused(tmp_path):
+    path = checkpoint(tmp_path / "w.pt")
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:                              # the directory says that every entry lies where the largest does
+        big = max(archive.infolist(), key=lambda e: e.file_size)
+        at = archive.start_dir
+        for entry in archive.infolist():
+            raw[at + 16:at + 28] = struct.pack("<III", big.CRC, big.compress_size, big.file_size)
+            raw[at + 42:at + 46] = struct.pack("<I", big.header_offset)
+            at += 46 + len(entry.orig_filename.encode()) + len(entry.extra) + len(entry.comment)
+    path.write_bytes(raw)
+    with pytest.raises(run.UserError, match=str(path)):
+        run.load_weights(path)
+
+
+def flipped(path, original, bits):
+    """Tries each flipped bit: counts of "refused", "same" (a byte that means nothing) and, which must not be, "other"."""
+    raw, counts = path.read_bytes(), collections.Counter()
+    target = path.with_name("flipped.pt")
+    for bit in bits:
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        target.write_bytes(damaged)
+        try:
+            counts["same" if same(run.load_weights(target), original) else f"other: bit {bit % 8} of byte {bit // 8}"] += 1
+        except run.UserError as refused:
+            assert str(target) in str(refused) and "\n" not in str(refused)
+            counts["refused"] += 1
+    return counts
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    """torch alone accepts nearly all of them. What remains "same" are bytes of the zip that carry nothing: dates, padding, flags."""
+    path = checkpoint(tmp_path / "w.pt")
+    original, seed = run.load_weights(path), random.randrange(10 ** 6)
+    print("seed", seed)
+    counts = flipped(path, original, random.Random(seed).sample(range(8 * path.stat().st_size), 200))
+    print(counts)
+    assert counts["refused"] + counts["same"] == 200, counts
+    assert counts["refused"] > 100
+
+
+@pytest.mark.slow
+def test_no_bit_of_a_whole_checkpoint_changes_what_is_read(tmp_path):
+    """Every single bit of a small file: 0 are read as something else."""
+    path = tmp_path / "w.pt"
+    run.save(path, {"method": "diffmic", "nets": {"w": torch.arange(8.)}, "step": 3})
+    counts = flipped(path, run.load_weights(path), range(8 * path.stat().st_size))
+    print(counts)
+    assert counts["refused"] + counts["same"] == 8 * path.stat().st_size, counts
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "old.pth"])
+def test_a_file_cut_short_anywhere_is_refused(name, tmp_path):
+    path = tmp_path / name
+    if name == "w.safetensors":
+        write_safetensors(path)
+    else:
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=name == "w.pt")
+    raw = path.read_bytes()
+    for length in sorted({0, 1, 3, 4, 7, 8, 9, *range(0, len(raw), max(1, len(raw) // 60)), len(raw) - 1}):
+        path.write_bytes(raw[:length])
+        with pytest.raises(run.UserError, match=re.escape(str(path))):
+            run.load_weights(path)
+
+
+def test_a_file_that_is_no_checkpoint_of_this_method_is_refused_by_name(tmp_path):
+    cases = {"missing.pt": "no such file", "empty.pt": "damaged", "text.pt": "refused|damaged", "weights.pt": "not a checkpoint", "list.pt": "not a checkpoint",
+             "crafted.pt": "not a checkpoint", "other.pt": "python symmflow.py", "newer.pt": "newer version"}
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("hello, world")
+    torch.save(TENSORS, tmp_path / "weights.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"method": "diffmic", "config": 3}, tmp_path / "crafted.pt")
+    checkpoint(tmp_path / "other.pt", "symmflow")
+    run.save(tmp_path / "newer.pt", dict(run.load_weights(checkpoint(tmp_path / "now.pt")), format=run.FORMAT + 1))
+    for name, reason in cases.items():
+        for argv in (["eval", "--checkpoint", tmp_path / name], ["predict", "--checkpoint", tmp_path / name, "x.png"]):
+            assert re.search(reason, line := refusal(*argv)) and name in line, line
+    assert "best.pt" in refusal("eval", "--checkpoint", tmp_path), "a folder: the remedy names the file in it"
+
+
+def test_a_checkpoint_that_does_not_fit_its_own_settings_is_refused(tmp_path):
+    facts = dict(classes=list("abc"), channels=3, multilabel=False)
+    config = diffmic.configure(guide_depth=18, hidden=8, timesteps=20, steps=2, width=8)
+    nets = diffmic.build(config, facts).state_dict()
+    run.save(tmp_path / "w.pt", dict(format=1, method="diffmic", config=dataclasses.asdict(config), facts=dict(facts, classes=list("abcd")), ema=nets))
+    assert "do not fit" in refusal("eval", "--checkpoint", tmp_path / "w.pt")
+    run.save(tmp_path / "w.pt", dict(format=1, method="diffmic", config=dict(dataclasses.asdict(config), width=-3), facts=facts, ema=nets))
+    assert "--width" in refusal("eval", "--checkpoint", tmp_path / "w.pt")
+
+
+# ----------------------------------------------------------------------------- seeds, noise, EMA
+
+def test_a_seed_is_the_same_on_every_machine_and_differs_for_every_purpose():
+    assert run.seed_of(0, "noise", "test-00001") == 7925277494858297507
+    seeds = {run.seed_of(*parts) for parts in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a"), (0, 1), ("0:1",), (0,)]}
+    assert len(seeds) == 7, "all differ, but for (0, 1) and '0:1', which are written alike"
+    assert all(0 <= s < 2 ** 63 for s in (run.seed_of(i) for i in range(1000)))
+
+
+def test_the_noise_of_an_image_does_not_depend_on_its_batch():
+    ids = [f"image {i}" for i in range(6)]
+    whole = run.image_noise(3, ids, (2, 4), "cpu")
+    assert whole.shape == (6, 2, 4)
+    assert torch.equal(run.image_noise(3, ids[::-1], (2, 4), "cpu").flip(0), whole)
+    assert torch.equal(torch.cat([run.image_noise(3, [i], (2, 4), "cpu") for i in ids]), whole)
+    assert not torch.equal(run.image_noise(4, ids, (2, 4), "cpu"), whole) and len(whole.flatten().unique()) == 48
+    many = run.image_noise(0, range(2000), (5,), "cpu")
+    assert abs(many.mean()) < .04 and abs(many.std() - 1) < .03
+
+
+def test_the_moving_average_is_the_formulas():
+    torch.manual_seed(0)
+    net, ema = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    net[1].running_mean.fill_(5.)
+    net[1].num_batches_tracked.fill_(7)
+    for step, decay, d in ((0, .99, .1), (8, .99, .5), (10 ** 6, .99, .99), (0, 0., 0.)):
+        before = {k: v.clone() for k, v in ema.state_dict().items()}
+        run.update_ema(ema, net, decay, step)
+        for k, now in net.state_dict().items():
+            want = d * before[k].double() + (1 - d) * now.double() if now.is_floating_point() else now
+            torch.testing.assert_close(ema.state_dict()[k].double(), want.double(), rtol=1e-6, atol=1e-6)
+    assert same(dict(ema.state_dict()), dict(net.state_dict())), "decay 0: the weights themselves"
+    assert all(p.grad is None for p in ema.parameters())
+
+
+# ----------------------------------------------------------------------------- files and folders
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "f.pt"
+    run.write(path, "old")
+
+    def fails(f):
+        f.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"No space.*f\.pt"):
+        run.write(path, fails)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.pt"]
+    with pytest.raises(run.WorkError, match=r"f\.pt: cannot save: No space.*unchanged"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", lambda content, f: fails(f))
+        run.save(path, {})
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.pt"]
+    run.write(path, "né 文\udcff")                                       # any file's name can stand in a table
+    assert path.read_bytes() == "né 文".encode() + b"\xff" and os.listdir(tmp_path) == ["f.pt"]
+
+
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda n, real=os.fsync: (order.append("fsync"), real(n)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (order.append(Path(a).read_bytes()), real(a, b)))
+    run.write(tmp_path / "f", b"all of it")
+    assert order == ["fsync", b"all of it"]
+
+
+def test_a_free_folder_is_absent_or_empty(tmp_path):
+    path = tmp_path / "run"
+    assert run.free_folder(path) == path
+    path.mkdir()
+    assert run.free_folder(path) == path
+    (path / "x").touch()
+    (tmp_path / "run-2").touch()                                        # a file has the name
+    assert run.free_folder(path) == tmp_path / "run-3"
+
+
+def test_the_leftovers_of_a_kill_are_swept_away_and_nothing_else(tmp_path):
+    for name in (".last.pt.4711.tmp", ".notes.tmp", "last.pt", "mine.1.tmp"):
+        (tmp_path / name).touch()
+    run.make_folder(tmp_path, diffmic.Config())
+    assert sorted(os.listdir(tmp_path)) == [".notes.tmp", "config.json", "figures", "last.pt", "mine.1.tmp"]
+    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(diffmic.Config())
+
+
+def test_a_finished_runs_folder_is_not_written_over(tmp_path):
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(run.UserError, match="--resume"):
+        run.choose_folder(diffmic.Config(output=str(tmp_path)), "diffmic")
+    with pytest.raises(run.UserError, match="overwrite"):
+        run.result_folder(str(tmp_path), tmp_path / "best.pt", "eval", diffmic.Config())
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert run.result_folder("", tmp_path / "best.pt", "eval", diffmic.Config()) == tmp_path.resolve() / "eval"
+
+
+def test_resume_needs_a_run_and_one_only(tmp_path):
+    with pytest.raises(run.UserError, match="which run"):
+        run.resume_folder("", "")
+    with pytest.raises(run.UserError, match="no last.pt"):
+        run.resume_folder(str(tmp_path), "")
+    (tmp_path / "last.pt").touch()
+    assert run.resume_folder(str(tmp_path), "") == run.resume_folder("", str(tmp_path)) == run.resume_folder(str(tmp_path / "last.pt"), "") == tmp_path
+    with pytest.raises(run.UserError, match="one of the two"):
+        run.resume_folder(str(tmp_path), str(tmp_path / "elsewhere"))
+
+
+# ----------------------------------------------------------------------------- non-finite numbers, signals
+
+def test_the_finite_check_names_the_first_bad_step_and_its_images():
+    check = run.FiniteCheck(every=3)
+    one, bad = torch.tensor(1.), torch.tensor(math.nan)
+    for step in range(5):
+        check(one, one, step, ["a"])
+    check.flush()
+    check(one, one, 5, ["fine"])
+    check(one, bad, 6, ["x", "y", "z", "w"])                            # a gradient's norm; not looked at before the third
+    with pytest.raises(run.WorkError, match="step 6, batch of x, y, z.*--lr"):
+        check(bad, one, 7, ["later"])
+    check.flush()                                                       # and it forgets what it has told
+    for value in (math.inf, -math.inf):
+        with pytest.raises(run.WorkError, match="step 0"):
+            run.FiniteCheck(every=1)(torch.tensor(value), one, 0, ["a"])
+
+
+def steps_until(send, second_signal=False):
+    """Ten steps of three parts each; `send` raises a signal within the third. What was done, saved and said."""
+    done, saved = [], []
+    with run.signals():
+        try:
+            with run.defer_signals(lambda: saved.append(list(done)), "go on"):
+                for i in run.progress(range(10), "steps"):
+                    if i == 2:
+                        os.kill(os.getpid(), send)
+                    if i == 2 and second_signal:
+                        os.kill(os.getpid(), send)
+                    done.append(i)
+        except run.Interrupted as stop:
+            return done, saved, stop
+    raise AssertionError("it did not stop")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_the_step_and_then_saves(number):
+    done, saved, stop = steps_until(number)
+    assert done == [0, 1, 2] and saved == [[0, 1, 2]] and stop.signum == number and stop.note == "go on"
+
+
+def test_a_second_signal_does_not_wait_and_saves_no_torn_step():
+    done, saved, stop = steps_until(signal.SIGINT, second_signal=True)
+    assert done == [0, 1] and saved == [] and stop.signum == signal.SIGINT
+
+
+def test_a_signal_outside_the_loop_stops_at_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(run.Interrupted), run.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with run.signals():                                                 # what was pending once is forgotten
+        assert list(run.progress(range(3), "steps")) == [0, 1, 2]
+
+
+# ----------------------------------------------------------------------------- several processes
+
+def processes(work, tmp_path, n=2):
+    """Runs work(rank) in n processes that torch.distributed joins; what each returns."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(n):
+        if pid := os.fork():
+            children.append(pid)
+            continue
+        code = 1
+        try:                                                            # a child: it never comes back to pytest
+            torch.set_num_threads(1)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            signal.alarm(120)
+            with open(tmp_path / f"err{rank}", "w", buffering=1) as err, contextlib.redirect_stderr(err):
+                try:
+                    run.start(diffmic.Config(device="cpu"))
+                    torch.save(work(rank), tmp_path / f"result{rank}")
+                    torch.distributed.destroy_process_group()
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(code)
+    codes = [os.waitpid(pid, 0)[1] for pid in children]
+    assert codes == [0] * n, "\n".join((tmp_path / f"err{r}").read_text() for r in range(n))
+    return [torch.load(tmp_path / f"result{r}", weights_only=False) for r in range(n)]
+
+
+def test_gather_puts_the_rows_of_all_processes_in_their_order(tmp_path):
+    whole = {"p": np.arange(14.).reshape(7, 2), "u": np.arange(7)}      # 7 rows: 4 and 3
+
+    def work(rank):
+        assert (run.rank(), run.world()) == (rank, 2)
+        return run.gather({k: v[rank::2] for k, v in whole.items()})
+    for got in processes(work, tmp_path):
+        assert {k: v.tolist() for k, v in got.items()} == {k: v.tolist() for k, v in whole.items()}
+        assert got["u"].dtype == whole["u"].dtype
+    assert run.gather(whole) is whole
+
+
+def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
+    """A mean over images and MMD, which sees all rows at once: two halves give what one process gives."""
+    torch.manual_seed(0)
+    x, target, start = torch.randn(16, 5), torch.randn(16, 3), nn.Linear(5, 3)
+
+    def gradients(x, target):
+        net = nn.Linear(5, 3)
+        net.load_state_dict(start.state_dict())
+        y = net(x)
+        ((y - target) ** 2).mean().backward(retain_graph=True)
+        mmd_rbf(run.all_rows(target), run.all_rows(y), 3.).backward()
+        run.average_gradients(net.parameters())
+        return [p.grad for p in net.parameters()]
+    want = gradients(x, target)
+    for got in processes(lambda rank: gradients(x[rank::2], target[rank::2]), tmp_path):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+TINY = ("--limit 26 --epochs 1 --pretrain-epochs 1 --batch-size 8 --width 8 --rois 2 --hidden 8 --steps 2 --samples 1 --timesteps 20 "
+        "--size 28 --device cpu").split()
+
+
+def test_two_processes_train_on_every_image_once_and_one_of_them_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.score, "__defaults__", (None, 2))           # resamples of the intervals
+
+    def work(rank):
+        seen, wrote = [], []
+        real_step, real_write = diffmic.train_step, run.write
+        diffmic.train_step = lambda nets, config, batch, joint: (seen.append(batch.index.tolist()), real_step(nets, config, batch, joint))[1]
+        run.write = lambda path, content: (wrote.append(Path(path).name), real_write(path, content))
+        if rank == 1:                                                   # if it may read best.pt too early, then it does now
+            monkeypatch.setattr(run.State, "save", lambda self, path: None)
+        else:
+            real_save = run.State.save
+            monkeypatch.setattr(run.State, "save", lambda self, path: (time.sleep(.3), real_save(self, path)))
+        text = io.StringIO()
+        kept = {}
+        real_load = run.State.load_best
+        monkeypatch.setattr(run.State, "load_best", lambda self, path: (real_load(self, path), kept.update(self.nets.named_parameters())))
+        with contextlib.redirect_stdout(text):
+            code = diffmic.main([*TINY, "--output", str(tmp_path / "run")])
+        return dict(code=code, seen=seen, wrote=wrote, text=text.getvalue(), weights={k: v.detach() for k, v in kept.items()})
+    first, second = processes(work, tmp_path)
+    assert first["code"] == second["code"] == 0
+    steps = [a + b for a, b in zip(first["seen"], second["seen"], strict=True)]
+    for epoch in (steps[:4], steps[4:]):                                # 26 images in 4 batches
+        assert sorted(sum(epoch, [])) == list(range(26)) and {len(s) for s in epoch} == {6, 7}
+    assert {"config.json", "last.pt", "best.pt", "log.jsonl", "metrics.json", "predictions.csv"} <= set(first["wrote"]) and second["wrote"] == []
+    assert "epoch 2/2" in first["text"] and second["text"] == ""
+    assert same(first["weights"], second["weights"]) and len(first["weights"]) > 50
+    predictions = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
+    assert len(predictions) == 27 and len({line.split(",")[0] for line in predictions}) == 27
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_shares_of_the_processes_are_the_batches_of_one(world):
+    split = Split(np.zeros((23, 1, 28, 28), np.uint8), np.arange(23) % 2, [str(i) for i in range(23)])
+    for train in (True, False):
+        alone = [b.index.tolist() for b in Batches(split, 6, train=train, seed=1)]
+        shares = [[b.index.tolist() for b in Batches(split, 6, train=train, seed=1, rank=r, world=world)] for r in range(world)]
+        assert sorted(sum((sum(s, []) for s in shares), [])) == list(range(23))
+        if train:
+            assert [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)] == [sorted(b) for b in alone]
