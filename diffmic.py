@@ -284,8 +284,8 @@ class DCG(nn.Module):
         self.rois, self.roi_size = config.rois, config.roi_size or round(config.size / 7)
 
     def forward(self, x):
-        saliency = self.to_saliency(self.global_net.features(x))
-        boxes = find_rois(saliency.detach().float(), x.shape[2:], self.roi_size, self.rois)
+        saliency = self.to_saliency(self.global_net.features(x)).float()
+        boxes = find_rois(saliency.detach(), x.shape[2:], self.roi_size, self.rois)
         crops = crop(x, boxes, self.roi_size)                           # (B, K, channels, s, s)
         h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
@@ -308,17 +308,16 @@ def find_rois(saliency, image_size, size, count):
     score = F.avg_pool2d(heat, (kh, kw), 1)[:, 0]                       # (B, rows, columns) of windows
     rows, columns = score.shape[1:]
     r, c = torch.meshgrid(torch.arange(rows, device=heat.device), torch.arange(columns, device=heat.device), indexing="ij")
-    found = []
+    corners = []
     for _ in range(min(count, rows * columns)):
-        best = score.flatten(1).argmax(1)
-        row, column = (best // columns).view(B, 1, 1), (best % columns).view(B, 1, 1)
+        best = score.flatten(1).argmax(1).view(B, 1, 1)
+        row, column = best // columns, best % columns
         overlap = ((r - row).abs() < kh) & ((c - column).abs() < kw)
         score = score.masked_fill((r == row) & (c == column), -torch.inf) - 1e4 * overlap
-        found.append(torch.stack([row.flatten(), column.flatten()], 1))
-    corner = torch.stack(found, 1) * torch.tensor([H / h, W / w], device=heat.device)
-    centred = corner + (torch.tensor([kh * H / h, kw * W / w], device=heat.device) - size) / 2
-    limit = torch.tensor([H - size, W - size], device=heat.device)
-    return centred.round().long().clamp_min(0).minimum(limit)
+        y = (row + (kh - size * h / H) / 2) * H / h                     # cells -> pixels, the box in the window's middle
+        x = (column + (kw - size * w / W) / 2) * W / w
+        corners.append(torch.cat([y.round().clamp(0, H - size), x.round().clamp(0, W - size)], 1)[..., 0].long())
+    return torch.stack(corners, 1)
 
 
 def crop(x, corners, size):
@@ -482,8 +481,9 @@ def train(config, resume=None):
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)
-    data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit,
-                limit=config.limit, skip_bad=config.skip_bad)
+    with run.first_process_first():
+        data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit,
+                    limit=config.limit, skip_bad=config.skip_bad)
     facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)

@@ -240,14 +240,15 @@ def progress(iterable, what, total=None, start=0):
     total = total or len(iterable)
     bar = tqdm(total=total, initial=start, desc=what, leave=False, file=sys.stderr, disable=not sys.stderr.isatty() or rank() > 0,
                dynamic_ncols=True, mininterval=.5)
-    began = said = time.monotonic()
+    began = time.monotonic()
+    said = began - 7                                                    # the first line after 3 s
     with bar:
         for i, item in enumerate(iterable):
             check_signals()
             yield item
             bar.update()
             now = time.monotonic()
-            if bar.disable and rank() == 0 and (now - said > 10 or (i == 0 and now - began > 2)):
+            if bar.disable and rank() == 0 and now - said > 10:
                 said = now
                 left = (now - began) / (i + 1) * (total - start - i - 1)
                 print(f"{what}: {start + i + 1}/{total}, {left:.0f} s left", file=sys.stderr, flush=True)
@@ -258,7 +259,7 @@ def progress(iterable, what, total=None, start=0):
 
 def seed_of(*parts):
     """A 63-bit seed from (seed, purpose, index, ...): the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 def image_noise(seed, ids, shape, device):
@@ -309,6 +310,16 @@ def autocast(config, device):
     """bf16 on CUDA, float32 elsewhere, unless --amp says otherwise."""
     on = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Under torchrun: the others wait while process 0 decodes the data into the cache, then find it there."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def average_gradients(parameters):

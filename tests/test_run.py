@@ -122,6 +122,9 @@ def test_a_wrong_call_from_python_is_a_user_error_too():
     assert diffmic.configure(lr=1).lr == 1                              # a whole number is a number
 
 
+QUICK = "--limit 8 --epochs 1 --pretrain-epochs 0 --size 28 --hidden 8 --rois 2 --samples 1 --steps 2 --no-baseline".split()
+
+
 def mistakes(field):
     """(argv, why) for each way of getting a field wrong, made from its type and the range in its comment."""
     option = "--" + field.name.replace("_", "-")
@@ -157,7 +160,7 @@ def test_every_mistake_in_an_option_is_one_line_with_its_name(field, tmp_path):
     tried = 0
     for argv in mistakes(field):
         place = [] if field.name == "output" else ["--output", tmp_path / "run"]
-        line = refusal("--limit", 8, "--epochs", 1, "--pretrain-epochs", 0, *place, *argv)
+        line = refusal(*QUICK, *place, *argv)
         assert re.search(rf"--{field.name.replace('_', '-')}\b", line) or field.name == "root" and "/nonsense" in line, f"{argv}: {line}"
         assert len(line) < 600 and not (tmp_path / "run" / "last.pt").exists()
         tried += 1
@@ -166,7 +169,7 @@ def test_every_mistake_in_an_option_is_one_line_with_its_name(field, tmp_path):
 
 @pytest.mark.parametrize("argv", [["--hidden", 10 ** 9], ["--timesteps", 10 ** 12], ["--samples", 10 ** 9], ["--width", 10 ** 10]], ids=str)
 def test_what_no_memory_can_hold_is_one_line_and_no_traceback(argv, tmp_path):
-    line = refusal("--limit", 8, "--epochs", 1, "--pretrain-epochs", 0, "--output", tmp_path / "run", *argv, code=1)
+    line = refusal(*QUICK, "--output", tmp_path / "run", *argv, code=1)
     assert "memory" in line and "--batch-size" in line
 
 
