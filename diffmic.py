@@ -45,12 +45,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from common import plots, run  # before torch, whose threads it tells how to wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import plots, run
 from common.mmd import mmd_rbf
 from common.resnet import ResNet
 from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, respaced_timesteps

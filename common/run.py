@@ -482,6 +482,8 @@ def check_zip(path):
             raise ValueError("compressed or overlapping entries")
         if any(e.filename.endswith("/constants.pkl") for e in entries):
             raise ValueError("a TorchScript program, not weights")
+        if any(e.external_attr & 0x10 for e in entries):               # marked a folder, which torch reads as nothing at all
+            raise ValueError("an entry is marked as a folder: bits have changed")
         if bad := archive.testzip():
             raise ValueError(f"checksum of {bad} is wrong: bits have changed")
 

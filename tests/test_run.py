@@ -329,18 +329,27 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     assert not opened
 
 
+def test_a_compressed_entry_is_refused_however_small(tmp_path):
+    path = pack(tmp_path / "w.pt", {"data.pkl": pickle.dumps({}), "version": b"3\n", "data/0": random.Random(0).randbytes(4000)}, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        assert sum(e.file_size for e in archive.infolist()) <= path.stat().st_size
+    with pytest.raises(run.UserError, match="compressed"):
+        run.load_weights(path)
+
+
 def test_entries_that_share_bytes_are_refused(tmp_path):
-    path = checkpoint(tmp_path / "w.pt")
-    raw = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:                              # the directory says that every entry lies where the largest does
-        big = max(archive.infolist(), key=lambda e: e.file_size)
+    """A directory that lists one entry many times claims more bytes than there are: how a small file becomes a large memory."""
+    path = pack(tmp_path / "w.pt", {"data.pkl": pickle.dumps({"w": 1}), "version": b"3\n", "data/0": bytes(5000)})
+    with zipfile.ZipFile(path) as archive:
         at = archive.start_dir
-        for entry in archive.infolist():
-            raw[at + 16:at + 28] = struct.pack("<III", big.CRC, big.compress_size, big.file_size)
-            raw[at + 42:at + 46] = struct.pack("<I", big.header_offset)
-            at += 46 + len(entry.orig_filename.encode()) + len(entry.extra) + len(entry.comment)
-    path.write_bytes(raw)
-    with pytest.raises(run.UserError, match=str(path)):
+    raw = path.read_bytes()
+    end = raw.rindex(b"PK\5\6")
+    last = raw[raw.rindex(b"PK\1\2"):end]
+    count, size = 3 + 9, end - at + 9 * len(last)
+    path.write_bytes(raw[:end] + 9 * last + raw[end:end + 8] + struct.pack("<HHI", count, count, size) + raw[end + 16:])
+    with zipfile.ZipFile(path) as archive:
+        assert len(archive.infolist()) == count and archive.testzip() is None
+    with pytest.raises(run.UserError, match="overlapping"):
         run.load_weights(path)
 
 
@@ -654,10 +663,8 @@ def test_two_processes_train_on_every_image_once_and_one_of_them_writes(tmp_path
         real_step, real_write = diffmic.train_step, run.write
         diffmic.train_step = lambda nets, config, batch, joint: (seen.append(batch.index.tolist()), real_step(nets, config, batch, joint))[1]
         run.write = lambda path, content: (wrote.append(Path(path).name), real_write(path, content))
-        if rank == 1:                                                   # if it may read best.pt too early, then it does now
-            monkeypatch.setattr(run.State, "save", lambda self, path: None)
-        else:
-            real_save = run.State.save
+        real_save = run.State.save
+        if rank == 0:                                                   # slow: if the other may read best.pt too early, it does
             monkeypatch.setattr(run.State, "save", lambda self, path: (time.sleep(.3), real_save(self, path)))
         text = io.StringIO()
         kept = {}
