@@ -81,8 +81,8 @@ class Config:
     # --- training ---
     epochs: int = 1000  # [1..] passes over the training images; caps --pretrain-epochs as well
     pretrain_epochs: int = 10  # [0..] passes before them: the guide's warm-up
-    batch_size: int = 32  # [1..] images a step, over all processes
-    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory
+    batch_size: int = 32  # [2..] images a step, over all processes
+    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory; 2 images each at least
     eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
     lr: float = 1e-3  # [0..] peak learning rate of Adam
     warmup: float = 0.04  # [0..1] share of the steps over which it rises, before a cosine to 0
@@ -108,7 +108,7 @@ class Config:
     deep_supervision: bool = False  # cross-entropy on each prior as well as on their fusion
     end_to_end: bool = False  # let the diffusion loss train the guide
     mmd_weight: float = 0.5  # [0..] lambda of eq. 6
-    timesteps: int = 1000  # [2..] T, noise levels in training
+    timesteps: int = 1000  # [25..] T, noise levels in training; for another T the betas are scaled by 1000 / T
     antithetic: bool = True  # draw t in pairs t, T-1-t
     prior_mean: Literal["mean", "sum", "geometric"] = "mean"  # f of eq. 2
     prior_input: Literal["both", "fused"] = "both"  # the denoiser's input: [y_t, y_g, y_l], or [y_t, f]
@@ -325,7 +325,7 @@ def crop(x, corners, size):
     reach = torch.arange(size, device=x.device)
     rows, columns = corners[..., 0, None] + reach, corners[..., 1, None] + reach        # (B, K, size)
     image = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)
-    return x.permute(0, 2, 3, 1)[image, rows[..., None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
+    return x.permute(0, 2, 3, 1)[image, rows[..., None], columns[..., None, :]].permute(0, 1, 4, 2, 3).contiguous()
 
 
 class ImageEncoder(nn.Module):
@@ -400,6 +400,8 @@ def build(config, facts):
         raise run.UserError(f"{config.data} has several labels an image; {METHOD} takes one: use mediffusion.py")
     if config.steps > config.timesteps:
         raise run.UserError(f"--steps {config.steps}: no more than the {config.timesteps} of --timesteps")
+    if config.batch_size < 2 * config.grad_accum:
+        raise run.UserError(f"--grad-accum {config.grad_accum}: leaves under 2 of {config.batch_size} images a part, too few for batch norm")
     return Networks(config, facts["channels"], len(facts["classes"]))
 
 

@@ -7,8 +7,11 @@ import torch
 
 
 def linear_alpha_bar(T=1000, beta_start=1e-4, beta_end=0.02):
-    """DDPM's linear schedule (Ho et al. 2020): alpha_bar (T,) float64, the product of 1 - beta."""
-    return (1 - torch.linspace(beta_start, beta_end, T, dtype=torch.float64)).cumprod(0)
+    """DDPM's linear schedule (Ho et al. 2020): alpha_bar (T,) float64, the product of 1 - beta.
+
+    The betas are those for T = 1000; for another T they are scaled by 1000 / T, so that the last level is still noise.
+    """
+    return (1 - torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * 1000 / T).cumprod(0)
 
 
 def respaced_timesteps(T, n):

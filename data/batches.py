@@ -17,8 +17,7 @@ class Batch(NamedTuple):
 
     def split(self, n):
         """n parts of nearly equal size, for gradient accumulation."""
-        return [Batch(*part) for part in zip(self.x.chunk(n), self.y.chunk(n), np.array_split(self.index, n))] \
-            if n > 1 else [self]
+        return [Batch(*part) for part in zip(self.x.tensor_split(n), self.y.tensor_split(n), np.array_split(self.index, n))]
 
 
 class Batches:
@@ -35,7 +34,7 @@ class Batches:
             raise ValueError(f"augment {sorted(unknown)}: choose from {', '.join(AUGMENTATIONS)}")
         self.split, self.device, self.train, self.augment = split, torch.device(device), train, augment if train else ()
         self.seed, self.rank, self.world, n = seed, rank, world, len(split)
-        self.count = math.ceil(n / batch_size) if train else math.ceil(len(range(rank, n, world)) / batch_size)
+        self.count = max(1, min(math.ceil(n / batch_size), n // 2)) if train else math.ceil(len(range(rank, n, world)) / batch_size)
         self.epoch, self.start = divmod(start, self.count) if train else (0, start)
         if train:
             rng = np.random.default_rng([seed, 1, self.epoch])

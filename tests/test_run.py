@@ -651,7 +651,7 @@ def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-TINY = ("--limit 26 --epochs 1 --pretrain-epochs 1 --batch-size 8 --width 8 --rois 2 --hidden 8 --steps 2 --samples 1 --timesteps 20 "
+TINY = ("--limit 26 --epochs 1 --pretrain-epochs 1 --batch-size 8 --width 8 --rois 2 --hidden 8 --steps 2 --samples 1 --timesteps 40 "
         "--size 28 --device cpu").split()
 
 
