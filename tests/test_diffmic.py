@@ -880,8 +880,8 @@ def test_without_a_guide_the_prior_is_nothing(monkeypatch):
 def test_several_labels_an_image_and_more_steps_than_levels_are_refused():
     with pytest.raises(run.UserError, match="several labels"):
         diffmic.build(tiny(), dict(channels=3, classes=list("ab"), multilabel=True))
-    with pytest.raises(run.UserError, match="--steps 20"):
-        networks(tiny(steps=20, timesteps=10))
+    with pytest.raises(run.UserError, match="--steps 40"):
+        networks(tiny(steps=40, timesteps=30))
 
 
 # ------------------------------------------------------------------- Training/eval: tiny runs learn

@@ -422,7 +422,7 @@ def test_a_file_that_is_no_checkpoint_of_this_method_is_refused_by_name(tmp_path
 
 def test_a_checkpoint_that_does_not_fit_its_own_settings_is_refused(tmp_path):
     facts = dict(classes=list("abc"), channels=3, multilabel=False)
-    config = diffmic.configure(guide_depth=18, hidden=8, timesteps=20, steps=2, width=8)
+    config = diffmic.configure(guide_depth=18, hidden=8, timesteps=40, steps=2, width=8)
     nets = diffmic.build(config, facts).state_dict()
     run.save(tmp_path / "w.pt", dict(format=1, method="diffmic", config=dataclasses.asdict(config), facts=dict(facts, classes=list("abcd")), ema=nets))
     assert "do not fit" in refusal("eval", "--checkpoint", tmp_path / "w.pt")
