@@ -36,7 +36,6 @@ split, not on the test set; a constant saliency map gives boxes, not NaN; metric
 """
 # ============================================================================= 2 imports
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -573,7 +572,7 @@ def evaluate_command(checkpoint, output="", **given):
     out = run.result_folder(output, checkpoint, "eval", config)
     run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], facts["classes"])
     run.draw(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
-    run.write(out / "metrics.json", json.dumps(result, indent=1))
+    run.write(out / "metrics.json", run.as_json(result, indent=1))
     print(*data.notes, f"{len(data.test)} images", run.table(METHOD, result), f"pictures and numbers: {out}", sep="\n")
 
 

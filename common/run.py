@@ -400,9 +400,9 @@ def free_folder(path):
 
 
 def make_folder(out, config):
-    """Makes a folder with figures/ and config.json in it. Raises UserError where nothing can be written."""
+    """Makes a folder with config.json in it. Raises UserError where nothing can be written."""
     try:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp"):                                 # half-written files of a run that was killed
             if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
                 left.unlink(missing_ok=True)
@@ -423,6 +423,11 @@ def result_folder(output, checkpoint, name, config):
 def file_name(name):
     """A name that every file system takes."""
     return re.sub(r"[^\w.-]+", "_", name)[-80:]
+
+
+def as_json(value, indent=None):
+    """JSON text; a number that is not finite becomes null, which JSON has."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
 
 
 def write(path, content):
@@ -660,7 +665,7 @@ class State:
         self.history.append(row)
         self.sums = {}
         if rank() == 0:                                                 # before last.pt: a run killed in between does this epoch again
-            write(out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+            write(out / "log.jsonl", "".join(as_json(r) + "\n" for r in self.history))
         self.save(out / "last.pt")
         if rank() == 0:
             shown = {k: v for k, v in row.items() if k in ("loss", "seconds") or k.endswith("accuracy") and "balanced" not in k}
@@ -761,7 +766,7 @@ def report(state, out, result, specific, device):
               "params": sum(p.numel() for p in state.nets.parameters()), "selected_epoch": state.best[state.method]["epoch"],
               **result, "method_specific": specific}
     if rank() == 0:
-        write(out / "metrics.json", json.dumps(result, indent=1))
+        write(out / "metrics.json", as_json(result, indent=1))
     return result
 
 

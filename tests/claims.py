@@ -2,9 +2,10 @@
 
 Each cell (method, settings, seed) is one ordinary training; its metrics.json is the record, kept in tests/results/NAME-sSEED.json with
 the command that made it. Cells whose record is there are not run again: delete the file to measure anew. --table prints the README's
-table from the records; tests/test_readme.py holds the two together.
+table from the records, --picture RUN its picture; tests/test_readme.py holds the two together.
 """
 import argparse
+import csv
 import importlib
 import json
 import sys
@@ -12,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from common import plots
+from data import toy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CELLS = {                                                               # name: (method, settings, seeds)
@@ -62,12 +66,30 @@ def table(name):
     return "\n".join(lines)
 
 
+def picture(folder, path=RESULTS / "diffmic.png"):
+    """The README's picture: test images of a toy run by true class, each with what was predicted and how probably."""
+    with open(Path(folder) / "predictions.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    test = toy.make(json.loads((Path(folder) / "config.json").read_text())["seed"], 96, {"train": 1, "val": 1}).test
+    images, labels = [], []
+    for k, name in enumerate(toy.CLASSES):
+        some = [i for i in np.flatnonzero(test.labels == k) if test.ids[i] in rows][:8]
+        found = [rows[test.ids[i]] for i in some]
+        images.append(test.images[some])
+        labels.append([f"{r['predicted']} {float(r['p:' + r['predicted']]):.2f}" for r in found])
+    return plots.image_grid(path, images, labels, [f"true: {name}" for name in toy.CLASSES], scale=1,
+                            title="DiffMIC on the toy test set (drawn at 96 px, classified at 32): predicted class and its probability")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the tables made from the records")
+    parser.add_argument("--picture", metavar="RUN", help="draw tests/results/diffmic.png from a toy run")
     args = parser.parse_args(argv)
+    if args.picture:
+        return print(picture(args.picture))
     for name in [args.only] if args.only else CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")

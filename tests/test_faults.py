@@ -445,7 +445,8 @@ def test_a_number_that_is_not_finite_stops_the_run_and_harms_nothing(poison, ref
     assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("options", [["--lr", "1e9"], ["--lr", "1e38", "--clip", "0", "--warmup", "0"], ["--guide-lr", "1e30"], ["--lr", "1e9", "--no-baseline"]], ids=str)
+@pytest.mark.parametrize("options", [["--lr", "1e9"], ["--lr", "1e38", "--clip", "0", "--warmup", "0"],
+                                     ["--guide-lr", "1e30"], ["--lr", "1e9", "--no-baseline"]], ids=str)
 def test_an_absurd_learning_rate_ends_in_one_line(options, fork, tmp_path):
     """Either a step's loss is not finite, or the numbers stay finite and the run ends; never a traceback."""
     ended = fork(*ARGS, *options, "--output", tmp_path / "run")
@@ -456,7 +457,8 @@ def test_an_absurd_learning_rate_ends_in_one_line(options, fork, tmp_path):
     assert ended.code or "1e9" not in options, "1e9 is meant to fail"
 
 
-@pytest.mark.parametrize("options", [["--batch-size", 1], ["--limit", 27, "--batch-size", 2], ["--grad-accum", 8], ["--grad-accum", 4], ["--eval-batch-size", 1]], ids=str)
+@pytest.mark.parametrize("options", [["--batch-size", 1], ["--limit", 27, "--batch-size", 2],
+                                     ["--grad-accum", 8], ["--grad-accum", 4], ["--eval-batch-size", 1]], ids=str)
 def test_batches_of_one_image_train_or_are_refused(options, fork, tmp_path):
     """A batch norm cannot train on one image: whatever is done about it, it is not a traceback."""
     ended = fork(*ARGS, "--epochs", 1, *options, "--output", tmp_path / "run")

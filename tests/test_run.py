@@ -16,7 +16,6 @@ import shlex
 import signal
 import socket
 import struct
-import sys
 import tarfile
 import time
 import traceback

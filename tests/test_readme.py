@@ -1,0 +1,100 @@
+"""README and records hold together; every command in it runs."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import claims
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"(?s)```\n(.*?)```", README) for line in block.splitlines()]
+COMMANDS += re.findall(r"`(python diffmic\.py[^`]*)`", README)
+
+
+@pytest.mark.parametrize("name", [n for n in claims.CELLS if claims.records(n)])
+def test_the_table_in_the_readme_is_the_one_made_from_the_records(name):
+    assert claims.table(name) in README
+
+
+@pytest.mark.parametrize("name", [n for n in claims.CELLS if claims.records(n)])
+def test_a_record_says_how_it_was_made(name):
+    for record in claims.records(name):
+        assert record["command"] == claims.command(name, record["seed"])
+        assert record["selected_epoch"] <= 14 and record["test"]["n"] > 0 and record["seconds"] > 0
+        assert {"majority", "resnet", "guide"} <= set(record["baselines"])
+
+
+def test_numbers_outside_the_tables_are_in_the_records():
+    for name, key, text in re.findall(r"<!-- (\S+) (\S+) -->([\d.]+)", README):
+        values = [r["test"][key] if key in r["test"] else r[key] / 60 for r in claims.records(name)]
+        assert float(text) == pytest.approx(sum(values) / len(values), abs=.5 * 10 ** -len(text.partition(".")[2])), (name, key)
+
+
+def test_at_the_default_budget_toy_accuracy_is_within_seven_points_of_bayes():
+    records = claims.records("diffmic-toy")
+    assert len(records) == 3
+    for record in records:
+        assert record["test"]["accuracy"] > record["bayes"]["accuracy"] - .07
+
+
+def test_the_pictures_of_the_readme_are_there():
+    for path in re.findall(r"!\[[^]]*\]\((\S+)\)", README):
+        with Image.open(ROOT / path) as image:
+            assert min(image.size) > 200
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory):
+    """A user's folder, as the README makes it: two classes, mixed sizes and modes; and a run trained on the toy set."""
+    root = tmp_path_factory.mktemp("user")
+    for k, name in enumerate(("benign", "malignant")):
+        (root / "lesions" / name).mkdir(parents=True)
+        for i in range(16):
+            Image.effect_noise((40 + i, 60 - i), 20 + 100 * k).convert("RGB" if i % 2 else "L").save(root / "lesions" / name / f"{i}.png")
+    Image.effect_noise((50, 50), 90).save(root / "new.jpg")
+    Image.effect_noise((50, 50), 20).save(root / "a.jpg")
+    Image.effect_noise((50, 50), 20).save(root / "b.png")
+    (root / "folder").mkdir()
+    Image.effect_noise((50, 50), 20).save(root / "folder" / "c.png")
+    (root / "lesions" / "groups.csv").write_text("file,group\n")
+    return root
+
+
+def run(command, cwd):
+    words = shlex.split(command)
+    words[1] = str(ROOT / words[1])
+    return subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_the_commands_of_the_readme_run(lesions):
+    """Each `python diffmic.py ...` of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file."""
+    small = " --limit 64 --epochs 1"
+    done = []
+    first = run(f"python diffmic.py --output RUN{small}", lesions)
+    assert first.returncode == 0, first.stderr
+    for command in dict.fromkeys(c for c in COMMANDS if "diffmic.py" in c and "torchrun" not in c):
+        command = command[command.index("python diffmic.py"):]
+        if "ham10000" in command or "--data folder --root DIR" in command:
+            continue                                                    # needs the data; the folder's twin below does without
+        if " eval " in command and "--root" in command:
+            continue
+        trains = not re.search(r" (eval|predict) |--help|--resume", command)
+        output = f" --output out{len(done)}" if trains and "--output" not in command else ""
+        result = run(command + (small if trains else "") + output, lesions)
+        assert result.returncode == 0, (command, result.stderr)
+        assert "Traceback" not in result.stderr
+        done.append(command)
+    assert any("--data folder" in c for c in done) and any("predict" in c for c in done) and any(c.endswith("RUN") for c in done)
+
+
+def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
+    root = ROOT.parent / "shared" / "data" / "ham10000"
+    if not root.exists():
+        pytest.skip("no HAM10000 beside the repository")
+    result = run(f"python diffmic.py --data ham10000 --root {root} --scale small --limit 64 --epochs 1 --output {tmp_path / 'run'}", tmp_path)
+    assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
