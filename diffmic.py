@@ -4,7 +4,7 @@ Yang et al., "DiffMIC: Dual-Guidance Diffusion Network for Medical Image Classif
 What is noised is not the image but its one-hot label y_0 in R^C. A guide (DCG) looks at the image x twice, as a whole and
 through six small regions, and gives two priors y_g, y_l: class probabilities. A denoiser, which sees the image's embedding
 rho(x) and both priors, learns the noise eps in y_t. At test time y_T starts as noise around the priors' mean and is
-denoised step by step; the class is the largest entry of y_0, its probability the mean over several such draws.
+denoised step by step; the class is the largest entry of y_0, or of its mean over several draws.
 
     p(y_T) = N((y_g + y_l) / 2, I)                                                             eq. 1   `sample`
     y_t = sqrt(ab_t) y_0 + sqrt(1 - ab_t) eps + (1 - sqrt(ab_t)) f,   f the priors' mean       eq. 2   `q_sample`
@@ -32,7 +32,8 @@ Read differently from the paper, and why
  7. Regions are cut in colour (the authors cut the red channel) and found by one batched search on the device.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
 split, not on the test set; a constant saliency map gives boxes, not NaN; metrics over the whole set, not means of batches.
-`--recipe plus` adds to the paper's: the mean of many draws, cosine decay and deep supervision for the guide.
+`--recipe plus` adds to the paper's: the mean of many draws, a temperature fitted on validation, cosine decay and deep
+supervision for the guide.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -44,7 +45,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common import plots, run  # before torch, whose threads it tells how to wait
+from common import metrics, plots, run  # before torch, whose threads it tells how to wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, resp
 from data import Batches, DataError, Split, load, read_images
 
 METHOD = "diffmic"
+TEMPERATURE = 0.2                       # softmax((1, 0, ..., 0) / 0.2) is 0.97 sure of one of 5 classes
 
 
 # ============================================================================= 3 settings
@@ -81,7 +83,7 @@ class Config:
     epochs: int = 1000  # [1..] passes over the training images; caps --pretrain-epochs as well
     pretrain_epochs: int = 10  # [0..] passes before them: the guide's warm-up
     batch_size: int = 32  # [2..] images a step, over all processes
-    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory; 2 images each at least
+    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory (2 images each at least)
     eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
     lr: float = 1e-3  # [0..] peak learning rate of Adam
     warmup: float = 0.04  # [0..1] share of the steps over which it rises, before a cosine to 0
@@ -114,12 +116,13 @@ class Config:
     steps: int = 250  # [1..] of the reverse process, spread over T
     sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or deterministic given y_T
     samples: int = 1  # [1..] S, draws averaged for a prediction
+    calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["entropy", "margin", "spread"] = "entropy"  # what predictions are ranked by
 
 
 SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, width=8, guide_depth=18, hidden=256, steps=20,
              guide_lr=2e-3, lr=2e-3, warmup=0.1)
-PLUS = dict(samples=20, guide_schedule="cosine", deep_supervision=True)
+PLUS = dict(samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True)
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "ham10000": dict(steps=250), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"),
            "pmg2000": dict(steps=100)}
 
@@ -226,7 +229,7 @@ def sample(denoiser, rho, y_g, y_l, f, noise, alpha_bar, timesteps, sampler="ddp
 
 
 class Prediction(NamedTuple):
-    p: torch.Tensor                     # (B, C) probabilities: the mean over draws, each clipped to 0..1 and summing to 1
+    p: torch.Tensor                     # (B, C) probabilities: softmax of the mean of the draws, over a temperature
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
@@ -247,8 +250,8 @@ def classify(nets, config, x, noise):
         many = [a.repeat_interleave(S, 0) for a in (rho, y_g, y_l, f)]
         timesteps = respaced_timesteps(config.timesteps, config.steps)
         y0 = sample(nets.denoiser, *many, noise.flatten(0, 1), linear_alpha_bar(config.timesteps), timesteps, config.sampler)
-        y0 = y0.view(B, S, C).clamp(1e-3, 1)                            # a draw is near a one-hot vector: E[y_0 | x] = p(class | x)
-        p = (y0 / y0.sum(2, keepdim=True)).mean(1)
+        y0 = y0.view(B, S, C)
+        p = (y0.mean(1) / nets.temperature).softmax(1)
     else:
         p = guide_p if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
         y0 = p[:, None]
@@ -388,6 +391,7 @@ class Networks(nn.Module):
         self.guide = DCG(config, channels, classes) if variant in ("full", "c2", "dcg") else None
         self.encoder = ImageEncoder(config, channels) if diffusion else None
         self.denoiser = Denoiser(config, classes) if diffusion else None
+        self.register_buffer("temperature", torch.tensor(TEMPERATURE))
         ab = linear_alpha_bar(config.timesteps)                         # float64: 1 - ab would lose four digits in float32
         self.register_buffer("sqrt_ab", ab.sqrt().float(), persistent=False)
         self.register_buffer("sqrt_1m_ab", (1 - ab).sqrt().float(), persistent=False)
@@ -399,8 +403,8 @@ def build(config, facts):
         raise run.UserError(f"{config.data} has several labels an image; {METHOD} takes one: use mediffusion.py")
     if config.steps > config.timesteps:
         raise run.UserError(f"--steps {config.steps}: no more than the {config.timesteps} of --timesteps")
-    if config.batch_size < 2 * config.grad_accum:
-        raise run.UserError(f"--grad-accum {config.grad_accum}: leaves under 2 of {config.batch_size} images a part, too few for batch norm")
+    if config.roi_size > config.size:
+        raise run.UserError(f"--roi-size {config.roi_size}: larger than the image, --size {config.size}")
     return Networks(config, facts["channels"], len(facts["classes"]))
 
 
@@ -457,6 +461,14 @@ def evaluate(nets, split, config, device, joint=True):
     return rows, uncertainty
 
 
+def calibrate(nets, split, config, device):
+    """Fits the temperature that turns the mean draw into probabilities, by the likelihood of a validation split."""
+    if config.calibrate and nets.denoiser is not None:
+        nets.temperature.fill_(TEMPERATURE)
+        predictions, _ = evaluate(nets, split, config, device)
+        nets.temperature.div_(metrics.sharpness(split.labels, predictions[METHOD]))
+
+
 def measure(nets, data, config, device):
     """What only this method has, on validation: accuracy and ECE against reverse steps and draws."""
     table = []
@@ -465,7 +477,7 @@ def measure(nets, data, config, device):
     for steps, samples in sorted({(1, 1), (5, 1), (config.steps, 1), (config.steps, config.samples)}):
         setting = dataclasses.replace(config, steps=min(steps, config.timesteps), samples=samples)
         predictions, _ = evaluate(nets, data.val, setting, device)
-        m = run.metrics.summary(data.val.labels, predictions[METHOD])
+        m = metrics.summary(data.val.labels, predictions[METHOD])
         table.append({"steps": setting.steps, "samples": samples, "accuracy": m["accuracy"], "ece": m["ece"], "nll": m["nll"]})
     return {"validation_by_steps_and_samples": table}
 
@@ -540,13 +552,17 @@ def train(config, resume=None):
             state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
 
     # ========================================================================= 9 end
-    state.load_best(out / "best.pt")
+    best = state.load_best(out / "best.pt")
+    calibrate(state.ema, data.val, config, device)
+    state.write_best(best, out / "best.pt")
+    specific = measure(state.ema, data, config, device)
     predictions, uncertainty = evaluate(state.ema, data.test, config, device)
     result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
-    result = run.report(state, out, result, measure(state.ema, data, config, device), device)
     if run.rank() == 0:
         run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], data.classes)
         run.draw(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
+    result = run.report(state, out, result, specific, device)           # last: a run with metrics.json is finished
+    if run.rank() == 0:
         print(run.table(METHOD, result) + f"\npictures: {out / 'figures'}   numbers: {out / 'metrics.json'}", flush=True)
     return result
 

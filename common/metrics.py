@@ -142,6 +142,20 @@ def nll(y, p):
     return float(-np.log(np.maximum(right, 1e-15)).mean())
 
 
+def sharpness(y, p):
+    """The exponent b in 0.05..20 that gives p^b (normalised; p (N,K), y (N,)) the least NLL on this split (Guo et al. 2017: b = 1/T)."""
+    log_p, low, high = np.log(np.clip(p, 1e-30, None)), np.log(.05), np.log(20.)
+
+    def loss(log_b):
+        z = np.exp(log_b) * log_p
+        return (np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) + z.max(1) - z[np.arange(len(z)), y]).mean()
+
+    for _ in range(60):                                 # ternary search: convex in b, so one minimum in log b
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, b) if loss(a) < loss(b) else (a, high)
+    return float(np.exp((low + high) / 2))
+
+
 def brier(y, p):
     """Mean squared error of the probabilities; single-label: summed over the classes, so 0..2 (Brier 1950)."""
     y, p = _probabilities(y, p)

@@ -317,9 +317,11 @@ def first_process_first():
     """Under torchrun: the others wait while process 0 decodes the data into the cache, then find it there."""
     if rank() > 0:
         dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:                                                            # even if it fails: nobody waits in vain
+        if world() > 1 and rank() == 0:
+            dist.barrier()
 
 
 def average_gradients(parameters):
@@ -651,14 +653,17 @@ class State:
                     self.save(path)
 
     def load_best(self, path):
-        """The EMA networks of the best epoch, the plain ResNet of its own best epoch; both are written back to best.pt."""
+        """Puts into `ema` the networks of the best epoch, and the plain ResNet of its own best; returns the checkpoint."""
         if world() > 1:
             dist.barrier()                                              # until process 0 has written it
         content = load_checkpoint(path, self.method)
-        content["ema"].update({f"resnet.{k}": v for k, v in self.best_resnet.items()})
-        self.ema.load_state_dict(content["ema"])
+        self.ema.load_state_dict(content["ema"] | {f"resnet.{k}": v for k, v in self.best_resnet.items()})
+        return content
+
+    def write_best(self, content, path):
+        """The final best.pt: what `eval` and `predict` read."""
         if rank() == 0:
-            save(path, content)
+            save(path, content | {"ema": self.ema.state_dict()})
 
     def close_epoch(self, row, out, total):
         """Logs an epoch and saves last.pt; the log is written from the checkpoint's history, so that no line is lost or doubled."""

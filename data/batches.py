@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .types import DataError
+
 AUGMENTATIONS = ("hflip", "vflip", "rotate")
 
 
@@ -16,7 +18,8 @@ class Batch(NamedTuple):
     index: np.ndarray                           # int64 (B,): rows of the split
 
     def split(self, n):
-        """n parts of nearly equal size, for gradient accumulation."""
+        """n parts of nearly equal size, for gradient accumulation; fewer, where a part would have one image (batch norm)."""
+        n = max(1, min(n, len(self.y) // 2))
         return [Batch(*part) for part in zip(self.x.tensor_split(n), self.y.tensor_split(n), np.array_split(self.index, n))]
 
 
@@ -31,7 +34,7 @@ class Batches:
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
         if unknown := set(augment) - set(AUGMENTATIONS):
-            raise ValueError(f"augment {sorted(unknown)}: choose from {', '.join(AUGMENTATIONS)}")
+            raise DataError(f"--augment {','.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}")
         self.split, self.device, self.train, self.augment = split, torch.device(device), train, augment if train else ()
         self.seed, self.rank, self.world, n = seed, rank, world, len(split)
         self.count = max(1, min(math.ceil(n / batch_size), n // 2)) if train else math.ceil(len(range(rank, n, world)) / batch_size)

@@ -450,3 +450,16 @@ def test_a_metric_leaves_its_input_as_it_was():
     before = y.copy(), yhat.copy(), p.copy()
     M.summary(y, p, ci=5, yhat=yhat)
     assert all(np.array_equal(a, b) for a, b in zip(before, (y, yhat, p)))
+
+
+def test_sharpness_finds_the_temperature_that_was_applied():
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, (4000, 4))
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    y = (p.cumsum(1) > rng.random((4000, 1))).argmax(1)
+    blunt = p ** .4 / (p ** .4).sum(1, keepdims=True)
+    assert M.sharpness(y, p) == pytest.approx(1, abs=.06)
+    assert M.sharpness(y, blunt) == pytest.approx(2.5, abs=.15)
+    grid = np.exp(np.linspace(np.log(.05), np.log(20), 2000))
+    scores = [M.nll(y, blunt ** b / (blunt ** b).sum(1, keepdims=True)) for b in grid]
+    assert M.sharpness(y, blunt) == pytest.approx(grid[np.argmin(scores)], rel=.005)
