@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffmic
-from common import run
+from common import metrics, run
 from common.mmd import mmd_rbf
 from common.schedules import linear_alpha_bar, respaced_timesteps
 from data import Batches, Split, splits, toy
@@ -364,9 +364,11 @@ def test_the_prediction_is_the_mean_of_the_draws_and_its_uncertainty_is_theirs(m
     draws = torch.tensor([[[1., 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 0, 1.], [0, 0, 1], [0, 0, 1]]])
     monkeypatch.setattr(diffmic, "sample", lambda *args: draws.flatten(0, 1))
     out = diffmic.classify(nets, config, images(2), torch.zeros(2, 3, 4, 3))
-    assert torch.allclose(out.p, torch.tensor([[2 / 3, 1 / 3, 0], [0, 0, 1]]), atol=3e-3)
-    assert torch.allclose(out.margin, torch.tensor([2 / 3, 0]), atol=5e-3)
-    assert torch.allclose(out.entropy, torch.tensor([.6365 / math.log(3), 0]), atol=.02)
+    e = torch.tensor([[math.exp(10 / 3), math.exp(5 / 3), 1], [1, 1, math.exp(5)]])      # mean draws (2/3, 1/3, 0), (0, 0, 1); over .2
+    p = e / e.sum(1, keepdim=True)
+    assert torch.allclose(out.p, p, atol=1e-5)
+    assert torch.allclose(out.margin, 1 - (p.sort(1).values[:, 2] - p.sort(1).values[:, 1]), atol=1e-5)
+    assert torch.allclose(out.entropy, torch.tensor([-sum(q * math.log(q) for q in row) / math.log(3) for row in p.tolist()]), atol=1e-5)
     assert torch.allclose(out.spread, torch.tensor([1 / 3, 0]))
     assert torch.allclose(out.p.sum(1), torch.ones(2)) and (out.p > 0).all()
 
@@ -375,10 +377,28 @@ def test_the_prediction_is_the_mean_of_the_draws_and_its_uncertainty_is_theirs(m
 def test_each_draw_of_an_image_uses_its_own_noise_and_its_own_priors():
     config = tiny(samples=3)
     nets, x, noise = worn(networks(config)), images(4), torch.randn(4, 3, 4, 5)
+    nets.temperature.fill_(100.)                                                # an untrained network's draws are far apart
     together = diffmic.classify(nets, config, x, noise).p
     for i in range(4):
         one = [diffmic.classify(nets, tiny(samples=1), x[i:i + 1], noise[i:i + 1, s:s + 1]).p for s in range(3)]
-        assert torch.allclose(together[i], torch.cat(one).mean(0), atol=1e-4)
+        assert torch.allclose(together[i], torch.cat(one).log().mean(0).softmax(0), atol=1e-4)      # softmax of the mean draw
+
+
+@torch.no_grad()
+def test_the_temperature_is_fitted_on_validation_and_changes_no_label():
+    config = tiny(samples=3, calibrate=True)
+    nets = worn(networks(config))
+    split = toy.make(0, 28, {"train": 1, "val": 60, "test": 1}).val
+    before, _ = diffmic.evaluate(nets, split, config, torch.device("cpu"))
+    diffmic.calibrate(nets, split, config, torch.device("cpu"))
+    after, _ = diffmic.evaluate(nets, split, config, torch.device("cpu"))
+    once = float(nets.temperature)
+    diffmic.calibrate(nets, split, config, torch.device("cpu"))                 # a resumed run does it again, from the start
+    assert float(nets.temperature) == once != diffmic.TEMPERATURE
+    assert (before["diffmic"].argmax(1) == after["diffmic"].argmax(1)).all()
+    assert metrics.nll(split.labels, after["diffmic"]) < metrics.nll(split.labels, before["diffmic"])
+    diffmic.calibrate(nets, split, tiny(samples=3), torch.device("cpu"))        # the paper's recipe: left alone
+    assert float(nets.temperature) == once
 
 
 # ---------------------------------------------------------------------------------------------- MMD
