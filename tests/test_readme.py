@@ -35,6 +35,12 @@ def test_numbers_outside_the_tables_are_in_the_records():
         assert float(text) == pytest.approx(sum(values) / len(values), abs=.5 * 10 ** -len(text.partition(".")[2])), (name, key)
 
 
+def test_one_draw_and_twenty_score_as_the_readme_says():
+    by_samples = {row["samples"]: row["accuracy"] for row in claims.records("diffmic-toy")[0]["method_specific"]["validation_by_steps_and_samples"]
+                  if row["steps"] == 20}
+    assert f"one draw scores {by_samples[1]:.3f} on validation, 20 score {by_samples[20]:.3f}" in README
+
+
 def test_at_the_default_budget_toy_accuracy_is_within_seven_points_of_bayes():
     records = claims.records("diffmic-toy")
     assert len(records) == 3
