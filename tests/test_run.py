@@ -668,7 +668,7 @@ def test_two_processes_train_on_every_image_once_and_one_of_them_writes(tmp_path
         text = io.StringIO()
         kept = {}
         real_load = run.State.load_best
-        monkeypatch.setattr(run.State, "load_best", lambda self, path: (real_load(self, path), kept.update(self.nets.named_parameters())))
+        monkeypatch.setattr(run.State, "load_best", lambda self, path: (real_load(self, path), kept.update(self.nets.named_parameters()))[0])
         with contextlib.redirect_stdout(text):
             code = diffmic.main([*TINY, "--output", str(tmp_path / "run")])
         return dict(code=code, seen=seen, wrote=wrote, text=text.getvalue(), weights={k: v.detach() for k, v in kept.items()})
