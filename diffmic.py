@@ -7,16 +7,19 @@ rho(x) and both priors, learns the noise eps in y_t. At test time y_T starts as 
 denoised step by step; the class is the largest entry of y_0, or of its mean over several draws.
 
     p(y_T) = N((y_g + y_l) / 2, I)                                                             eq. 1   `sample`
+    y_s = g0 y_0_hat + g1 y_t + g2 f + noise for s < t, CARD's posterior                               `common/schedules.py`
     y_t = sqrt(ab_t) y_0 + sqrt(1 - ab_t) eps + (1 - sqrt(ab_t)) f,   f the priors' mean       eq. 2   `q_sample`
     eps_hat = D(E(proj([y_t, y_g, y_l]), rho(x), t), t)                                        eq. 3   `Denoiser`
     L_eps = |eps - eps_hat|^2                                                                  eq. 4   `loss`
     L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`
+        n', m' run over the same batch: the biased V-statistic, diagonal included
     L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
 
-B images, C classes, S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar.
+B images, C classes, S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar. f is the priors'
+mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
 
     python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
-    python diffmic.py --data ham10000 --root DIR           # the paper's run at full size, for a CUDA GPU
+    python diffmic.py --data ham10000 --root DIR           # the paper's sizes and epochs, for a CUDA GPU
     python diffmic.py --data folder --root DIR --scale small      # your own images, a folder per class
     python diffmic.py eval --checkpoint RUN/best.pt
     python diffmic.py predict --checkpoint RUN/best.pt a.jpg folder/
@@ -26,10 +29,15 @@ Read differently from the paper, and why
  2. The priors are softmax probabilities, the mean is taken after the softmax; the paper does not say.
  3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. --prior-input fused is the authors' 2C.
  4. "UNet" E, D is an MLP without skips; the image embedding has batch norm but no Softplus, as in the authors' code.
+    t enters as a learned embedding, U(0, 1) at first, times the output of each of three linear layers.
  5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250
-    of 1000, where y has variance 0.47 and the chain starts from 1: see tests/test_diffmic.py for what an oracle makes of it.
- 6. The guide gets no gradient from the diffusion loss (the authors compute it and throw it away). --end-to-end keeps it.
+    of 1000, where y_t has variance 0.48 (60: 0.04) and the chain starts from 1: tests/test_diffmic.py shows the error with an
+    oracle. There are no loaders for the last two sets here: --data folder --steps 60.
+ 6. The guide gets no gradient from the diffusion loss (the authors compute it and throw it away). --end-to-end keeps it. One
+    forward in training mode serves both losses; the authors run the guide twice and take the priors in evaluation mode.
  7. Regions are cut in colour (the authors cut the red channel) and found by one batched search on the device.
+ 8. L_eps is the mean over batch and classes, K an RBF of bandwidth C (the paper leaves K open), as in the authors' code. So are
+    T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
 split, not on the test set; a constant saliency map gives boxes, not NaN; metrics over the whole set, not means of batches.
 `--recipe plus` adds to the paper's: the mean of many draws, a temperature fitted on validation, cosine decay and deep
@@ -63,10 +71,10 @@ TEMPERATURE = 0.2                       # softmax((1, 0, ..., 0) / 0.2) is 0.97 
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting; the defaults are the paper's. SMALL, PLUS and BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, or folder (a folder per class)
-    root: str = ""  # where it lies; none: data/raw/NAME
+    root: str = ""  # its folder; none: data/raw/NAME
     size: int = 224  # [28..2048] pixels a side; 32 for toy, 64 for --scale small
     split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
@@ -87,7 +95,7 @@ class Config:
     eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
     lr: float = 1e-3  # [0..] peak learning rate of Adam
     warmup: float = 0.04  # [0..1] share of the steps over which it rises, before a cosine to 0
-    clip: float = 1.0  # [0..] largest gradient norm; 0: no clipping
+    clip: float = 1.0  # [0..] largest gradient norm of denoiser and control, not of the guide; 0: no clipping
     ema: float = 0.9999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same batches, as a control
     select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc"] = "accuracy"  # validation metric that picks the epoch
@@ -139,7 +147,7 @@ def q_sample(y0, f, eps, a, s):
 
 
 def prior_mean(y_g, y_l, mode="mean"):
-    """f, the mean of p(y_T) in eq. 1, from probabilities (B, C)."""
+    """f of eq. 2 from probabilities (B, C), and the mean of p(y_T); only mode "mean" is that of eq. 1."""
     if mode == "sum":                                                   # eq. 2 to the letter: its entries sum to 2
         return y_g + y_l
     if mode == "geometric":                                             # softmax of the mean of the logits: the authors' code
@@ -167,7 +175,7 @@ def loss(nets, config, x, y0, y_g, y_l):
         return nets.denoiser(q_sample(y0, f, eps, a, s), y_g, y_l, f, rho, t).float()
 
     error = (branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean)) - eps) ** 2
-    losses = {"eps": error.mean()}                                      # eq. 4
+    losses = {"eps": error.mean()}                                      # eq. 4, over C as well: lambda is relative to it
     if config.mmd_weight and config.variant == "full":
         n = run.all_rows(eps)
         for name, y in (("mmd_g", y_g), ("mmd_l", y_l)):                # eq. 5: one prior in both places
@@ -197,7 +205,7 @@ def train_step(nets, config, batch, joint):
     C = nets.classes
     if nets.resnet is not None:                                         # the control: shares images, not weights
         losses["resnet"] = F.cross_entropy(nets.resnet(x), y)
-    y_g = y_l = torch.zeros(len(x), C, device=x.device)                 # c1: a prior of nothing
+    y_g = y_l = torch.zeros(len(x), C, device=x.device)                 # c1 has no guide: with priors of 0 eq. 2 is plain DDPM
     if nets.guide is not None:
         guide = nets.guide(x)
         losses["guide"] = guide_loss(config, guide, y)
@@ -213,14 +221,14 @@ def train_step(nets, config, batch, joint):
 def sample(denoiser, rho, y_g, y_l, f, noise, alpha_bar, timesteps, sampler="ddpm"):
     """The reverse process: rho (B, F), priors and f (B, C), noise (B, n, C), n falling levels -> y_0 (B, C).
 
-    y_T ~ N(f, I) (eq. 1); each step predicts y_0 from eps_hat, then draws y_{t-1} from the posterior. No clipping.
+    Each step predicts y_0 from eps_hat, then draws y_s, s the next level, from the posterior. No clipping.
     """
-    y = f + noise[:, 0]
+    y = f + noise[:, 0]                                                 # eq. 1
     levels = [int(t) for t in timesteps] + [-1]
     for i, (t, s) in enumerate(zip(levels, levels[1:])):
         ab_t, ab_s = level(alpha_bar, t), level(alpha_bar, s)
         eps = denoiser(y, y_g, y_l, f, rho, torch.full((len(y),), t, device=y.device)).float()
-        y0 = (y - (1 - ab_t ** .5) * f - (1 - ab_t) ** .5 * eps) / ab_t ** .5
+        y0 = (y - (1 - ab_t ** .5) * f - (1 - ab_t) ** .5 * eps) / ab_t ** .5                   # eq. 2 solved for y_0
         if sampler == "ddim":
             y = ddim_step(eps, y0, ab_s, f)
         else:
@@ -315,7 +323,7 @@ def find_rois(saliency, image_size, size, count):
         best = score.flatten(1).argmax(1).view(B, 1, 1)
         row, column = best // columns, best % columns
         overlap = ((r - row).abs() < kh) & ((c - column).abs() < kw)
-        score = score.masked_fill((r == row) & (c == column), -torch.inf) - 1e4 * overlap
+        score = score.masked_fill((r == row) & (c == column), -torch.inf) - 1e4 * overlap       # a free one, <= C, comes before these
         y = (row + (kh - size * h / H) / 2) * H / h                     # cells -> pixels, the box in the window's middle
         x = (column + (kw - size * w / W) / 2) * W / w
         corners.append(torch.cat([y.round().clamp(0, H - size), x.round().clamp(0, W - size)], 1)[..., 0].long())
@@ -370,7 +378,7 @@ class Denoiser(nn.Module):
 
     def forward(self, y, y_g, y_l, f, rho, t):
         h = torch.cat([y, f] if self.fused else [y, y_g, y_l], 1)
-        h = F.softplus(self.norm1(self.lin1(h, t))) * rho
+        h = F.softplus(self.norm1(self.lin1(h, t))) * rho               # eq. 3: Hadamard with t, then with rho(x)
         h = F.softplus(self.norm2(self.lin2(h, t)))
         h = F.softplus(self.norm3(self.lin3(h, t)))
         return self.out(h)
@@ -400,7 +408,7 @@ class Networks(nn.Module):
 def build(config, facts):
     """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
     if facts["multilabel"]:
-        raise run.UserError(f"{config.data} has several labels an image; {METHOD} takes one: use mediffusion.py")
+        raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.steps > config.timesteps:
         raise run.UserError(f"--steps {config.steps}: no more than the {config.timesteps} of --timesteps")
     if config.roi_size > config.size:
@@ -431,6 +439,7 @@ def learning_rate(config, group, epoch):
     done = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin)
     if group["name"] == "guide" and config.guide_schedule == "constant":
         return group["peak"]
+    # + 1e-3: the first step is not wasted at a rate of 0
     return group["peak"] * min(1., (done + 1e-3) / max(config.warmup, 1e-9)) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -470,7 +479,7 @@ def calibrate(nets, split, config, device):
 
 
 def measure(nets, data, config, device):
-    """What only this method has, on validation: accuracy and ECE against reverse steps and draws."""
+    """On validation, against reverse steps and draws: accuracy; ECE and NLL at the temperature of the full setting."""
     table = []
     if nets.denoiser is None:
         return {}
@@ -541,6 +550,7 @@ def train(config, resume=None):
                     norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
                     finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
                     state.optimizer.step()
+                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
                     run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
                     state.step += 1
                     ready = time.monotonic()

@@ -2,7 +2,7 @@
 
 A lesion has three visible attributes z ~ N(mu_class, 0.65^2 I): diameter, asymmetry and the share of its area that is
 blue instead of brown. Place, rotation, skin tone, light, blur and noise are drawn apart from the class, so the exact
-posterior p(class | z) is the best that anybody can do from the picture; it is stored with each image (accuracy .926).
+posterior p(class | z) bounds what anybody can do from the picture; it is stored with each image (accuracy .926 on average).
 """
 import numpy as np
 
