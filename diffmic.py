@@ -30,16 +30,15 @@ Read differently from the paper, and why
  3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. --prior-input fused is the authors' 2C.
  4. "UNet" E, D is an MLP without skips; the image embedding has batch norm but no Softplus, as in the authors' code.
     t enters as a learned embedding, U(0, 1) at first, times the output of each of three linear layers.
- 5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250
-    of 1000, where y_t has variance 0.48 (60: 0.04) and the chain starts from 1: tests/test_diffmic.py shows the error with an
-    oracle. There are no loaders for the last two sets here: --data folder --steps 60.
+ 5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250,
+    where y_t has variance 0.48 (60: 0.04), but start from variance 1: tests/test_diffmic.py shows the error with an oracle.
  6. The guide gets no gradient from the diffusion loss (the authors compute it and throw it away). --end-to-end keeps it. One
     forward in training mode serves both losses; the authors run the guide twice and take the priors in evaluation mode.
- 7. Regions are cut in colour (the authors cut the red channel) and found by one batched search on the device.
+ 7. Regions are cut in colour (theirs: red alone), in the middle of their cells, no place twice, by one search for the batch.
  8. L_eps is the mean over batch and classes, K an RBF of bandwidth C (the paper leaves K open), as in the authors' code. So are
     T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
-split, not on the test set; a constant saliency map gives boxes, not NaN; metrics over the whole set, not means of batches.
+split, not on the test set; a constant saliency map gives K places, not one K times; metrics over the whole set, not means of batches.
 `--recipe plus` adds to the paper's: the mean of many draws, a temperature fitted on validation, cosine decay and deep
 supervision for the guide.
 """
@@ -62,7 +61,8 @@ from torch import nn
 from common.mmd import mmd_rbf
 from common.resnet import ResNet
 from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, respaced_timesteps
-from data import Batches, DataError, Split, load, read_images
+from common.tsne import tsne as plane
+from data import Batches, DataError, load_for, read_split
 
 METHOD = "diffmic"
 TEMPERATURE = 0.2                       # softmax((1, 0, ..., 0) / 0.2) is 0.97 sure of one of 5 classes
@@ -112,10 +112,15 @@ class Config:
     hidden: int = 6144  # [1..] F, units of the denoiser
     rois: int = 6  # [1..] K, regions an image for the local prior
     roi_size: int = 0  # [0..] their side in pixels; 0: size / 7
+    roi_weight: Literal["uniform", "probability"] = "uniform"  # classes' maps are added as they are, or by the guide's probabilities
     guide_lr: float = 2e-4  # [0..] learning rate of the guide
     guide_schedule: Literal["constant", "cosine"] = "constant"  # of the guide's learning rate
     deep_supervision: bool = False  # cross-entropy on each prior as well as on their fusion
     end_to_end: bool = False  # let the diffusion loss train the guide
+    label_smoothing: float = 0.  # [0..1] of the guide's labels
+    prior_source: Literal["guide", "ema"] = "guide"  # priors in training
+    prior_dropout: float = 0.  # [0..1] share of training images whose priors are replaced by 1 / C
+    target: Literal["eps", "y0"] = "eps"  # what the denoiser's last layer stands for
     mmd_weight: float = 0.5  # [0..] lambda of eq. 6
     timesteps: int = 1000  # [25..] T, noise levels in training; for another T the betas are scaled by 1000 / T
     antithetic: bool = True  # draw t in pairs t, T-1-t
@@ -126,11 +131,13 @@ class Config:
     samples: int = 1  # [1..] S, draws averaged for a prediction
     calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["entropy", "margin", "spread"] = "entropy"  # what predictions are ranked by
+    stem = property(lambda self: "small" if self.size < 100 else "imagenet")    # of every ResNet
 
 
 SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, width=8, guide_depth=18, hidden=256, steps=20,
              guide_lr=2e-3, lr=2e-3, warmup=0.1)
-PLUS = dict(samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True)
+PLUS = dict(target="y0", samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True, roi_weight="probability")
+SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]   # what a checkpoint's user may set
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "ham10000": dict(steps=250), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"),
            "pmg2000": dict(steps=100)}
 
@@ -157,10 +164,16 @@ def prior_mean(y_g, y_l, mode="mean"):
 
 def draw_timesteps(B, T, antithetic, device):
     """t uniform on 0..T-1, (B,); antithetic: in pairs t, T-1-t, which evens out the levels within a batch."""
-    if not antithetic:
-        return torch.randint(T, (B,), device=device)
-    t = torch.randint(T, (B // 2 + 1,), device=device)
+    t = torch.randint(T, (B // 2 + 1 if antithetic else B,), device=device)
     return torch.cat([t, T - 1 - t])[:B]
+
+
+def estimate(denoiser, config, y, condition, t, a, s):
+    """eps_hat of eq. 3 at y_t (B, C), and the y_0_hat that belongs to it by eq. 2. condition: y_g, y_l, f (B, C) and rho(x) (B, F)."""
+    out, f = denoiser(y, *condition, t).float(), condition[2]
+    if config.target == "y0":                                           # the last layer's C numbers are the logits of y_0
+        return (y - a * out.softmax(1) - (1 - a) * f) / s, out.softmax(1)
+    return out, (y - s * out - (1 - a) * f) / a
 
 
 def loss(nets, config, x, y0, y_g, y_l):
@@ -172,68 +185,62 @@ def loss(nets, config, x, y0, y_g, y_l):
     rho = nets.encoder(x)                                               # once, for the three branches
 
     def branch(y_g, y_l, f):
-        return nets.denoiser(q_sample(y0, f, eps, a, s), y_g, y_l, f, rho, t).float()
+        return estimate(nets.denoiser, config, q_sample(y0, f, eps, a, s), (y_g, y_l, f, rho), t, a, s)
 
-    error = (branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean)) - eps) ** 2
-    losses = {"eps": error.mean()}                                      # eq. 4, over C as well: lambda is relative to it
+    eps_hat, y0_hat = branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean))
+    error = (eps_hat - eps) ** 2
+    losses = {"eps": error.mean(),                                      # eq. 4, over C as well: lambda is relative to it
+              "y0": -(y0 * y0_hat.clamp_min(1e-8).log()).sum(1).mean()}         # cross-entropy: eq. 4's place if target is y0
     if config.mmd_weight and config.variant == "full":
         n = run.all_rows(eps)
         for name, y in (("mmd_g", y_g), ("mmd_l", y_l)):                # eq. 5: one prior in both places
-            losses[name] = mmd_rbf(n, run.all_rows(branch(y, y, y)), bandwidth=C)
-    losses["diffusion"] = losses["eps"] + config.mmd_weight * (losses.get("mmd_g", 0) + losses.get("mmd_l", 0))     # eq. 6
+            losses[name] = mmd_rbf(n, run.all_rows(branch(y, y, y)[0]), bandwidth=C)
+    losses["diffusion"] = losses[config.target] + config.mmd_weight * (losses.get("mmd_g", 0) + losses.get("mmd_l", 0))     # eq. 6
     tenth = F.one_hot(t * 10 // config.timesteps, 10).float()
     losses["eps_by_t"] = torch.stack([tenth.T @ error.detach().mean(1), tenth.sum(0)])
     return losses
 
 
-def fuse(guide):
-    """The guide's own probabilities (B, C): softmax of the mean of both logits."""
-    return ((guide.y_g + guide.y_l).float() / 2).softmax(1)
-
-
 def guide_loss(config, guide, y):
     """Cross-entropy of the fused prior; with deep supervision of each prior as well."""
-    total = F.cross_entropy((guide.y_g + guide.y_l) / 2, y)
-    if config.deep_supervision:
-        total = total + F.cross_entropy(guide.y_g, y) + F.cross_entropy(guide.y_l, y)
-    return total
+    logits = [(guide.logits_g + guide.logits_l) / 2] + [guide.logits_g, guide.logits_l] * config.deep_supervision
+    return sum(F.cross_entropy(z, y, label_smoothing=config.label_smoothing) for z in logits)
 
 
-def train_step(nets, config, batch, joint):
+def train_step(nets, ema, config, batch, joint):
     """One batch -> dict of losses; "loss" is what is differentiated. joint=False: the guide's warm-up."""
     x, y, losses = batch.x, batch.y, {}
     C = nets.classes
     if nets.resnet is not None:                                         # the control: shares images, not weights
         losses["resnet"] = F.cross_entropy(nets.resnet(x), y)
-    y_g = y_l = torch.zeros(len(x), C, device=x.device)                 # c1 has no guide: with priors of 0 eq. 2 is plain DDPM
+    y_g, y_l = torch.zeros(2, len(x), C, device=x.device)               # c1 has no guide: with priors of 0 eq. 2 is plain DDPM
     if nets.guide is not None:
         guide = nets.guide(x)
-        losses["guide"] = guide_loss(config, guide, y)
-        y_g, y_l = guide.y_g.float().softmax(1), guide.y_l.float().softmax(1)
-        if not config.end_to_end:
-            y_g, y_l = y_g.detach(), y_l.detach()
+        losses |= {"guide": guide_loss(config, guide, y), "guide_accuracy": (guide.fused().argmax(1) == y).float().mean()}
+        with torch.set_grad_enabled(config.end_to_end):
+            source = ema.guide(x) if config.prior_source == "ema" else guide
+            drop = torch.rand(len(x), 1, device=x.device) < config.prior_dropout
+            y_g, y_l = (torch.where(drop, 1 / C, y) for y in source.priors())
     if nets.denoiser is not None and joint:
         losses |= loss(nets, config, x, F.one_hot(y, C).float(), y_g, y_l)
     losses["loss"] = sum(losses[k] for k in ("resnet", "guide", "diffusion") if k in losses)
     return losses
 
 
-def sample(denoiser, rho, y_g, y_l, f, noise, alpha_bar, timesteps, sampler="ddpm"):
-    """The reverse process: rho (B, F), priors and f (B, C), noise (B, n, C), n falling levels -> y_0 (B, C).
+def sample(denoiser, config, condition, noise, timesteps):
+    """The reverse process over n falling levels: condition (as `estimate`), noise (B, n, C) -> the path (B, n + 1, C), y_T first, y_0 last.
 
     Each step predicts y_0 from eps_hat, then draws y_s, s the next level, from the posterior. No clipping.
     """
-    y = f + noise[:, 0]                                                 # eq. 1
+    alpha_bar, f = linear_alpha_bar(config.timesteps), condition[2]
+    path = [f + noise[:, 0]]                                            # eq. 1
     levels = [int(t) for t in timesteps] + [-1]
     for i, (t, s) in enumerate(zip(levels, levels[1:])):
-        ab_t, ab_s = level(alpha_bar, t), level(alpha_bar, s)
-        eps = denoiser(y, y_g, y_l, f, rho, torch.full((len(y),), t, device=y.device)).float()
-        y0 = (y - (1 - ab_t ** .5) * f - (1 - ab_t) ** .5 * eps) / ab_t ** .5                   # eq. 2 solved for y_0
-        if sampler == "ddim":
-            y = ddim_step(eps, y0, ab_s, f)
-        else:
-            y = ddpm_step(y, y0, noise[:, i + 1] if s >= 0 else 0., ab_t, ab_s, f)
-    return y
+        ab_t, ab_s, y = level(alpha_bar, t), level(alpha_bar, s), path[-1]
+        eps, y0 = estimate(denoiser, config, y, condition, torch.full((len(y),), t, device=y.device), ab_t ** .5, (1 - ab_t) ** .5)
+        path.append(ddim_step(eps, y0, ab_s, f) if config.sampler == "ddim" else
+                    ddpm_step(y, y0, noise[:, i + 1] if s >= 0 else 0., ab_t, ab_s, f))
+    return torch.stack(path, 1)
 
 
 class Prediction(NamedTuple):
@@ -241,41 +248,47 @@ class Prediction(NamedTuple):
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
-    guide: torch.Tensor | None          # (B, C) the guide's own probabilities, from the fused logits
+    guide: "Guide | None"               # what the guide saw
+    condition: tuple                    # of the denoiser: y_g, y_l, f, rho(x)
+    path: torch.Tensor                  # (B, S, steps + 1, C) from y_T to y_0
 
 
 def classify(nets, config, x, noise):
     """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image."""
     B, S, _, C = noise.shape
-    y_g = y_l = torch.zeros(B, C, device=x.device)
-    guide_p = None
-    if nets.guide is not None:
-        guide = nets.guide(x)
-        y_g, y_l = guide.y_g.float().softmax(1), guide.y_l.float().softmax(1)
-        guide_p = fuse(guide)
+    guide, condition = nets.guide and nets.guide(x), ()
     if nets.denoiser is not None:
-        rho, f = nets.encoder(x), prior_mean(y_g, y_l, config.prior_mean)
-        many = [a.repeat_interleave(S, 0) for a in (rho, y_g, y_l, f)]
-        timesteps = respaced_timesteps(config.timesteps, config.steps)
-        y0 = sample(nets.denoiser, *many, noise.flatten(0, 1), linear_alpha_bar(config.timesteps), timesteps, config.sampler)
-        y0 = y0.view(B, S, C)
-        p = (y0.mean(1) / nets.temperature).softmax(1)
+        y_g, y_l = guide.priors() if guide else x.new_zeros(2, B, C)
+        condition = y_g, y_l, prior_mean(y_g, y_l, config.prior_mean), nets.encoder(x)
+        path = sample(nets.denoiser, config, [c.repeat_interleave(S, 0) for c in condition], noise.flatten(0, 1),
+                      respaced_timesteps(config.timesteps, config.steps)).unflatten(0, (B, S))
+        y0 = path[:, :, -1].mean(1)
+        logits = y0.clamp_min(1e-6).log() if config.target == "y0" else y0 / TEMPERATURE
+        p = (logits / nets.temperature).softmax(1)
     else:
-        p = guide_p if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
-        y0 = p[:, None]
+        p = guide.fused() if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
+        path = p[:, None, None]
     top = p.topk(2, 1).values
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(C)
-    spread = (y0.argmax(2) != p.argmax(1, keepdim=True)).float().mean(1)
-    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guide_p)
+    spread = (path[:, :, -1].argmax(2) != p.argmax(1, keepdim=True)).float().mean(1)
+    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guide, condition, path)
 
 
 # ============================================================================= 5 networks
 class Guide(NamedTuple):
-    y_g: torch.Tensor                   # (B, C) logits of the whole image
-    y_l: torch.Tensor                   # (B, C) logits of the regions
+    logits_g: torch.Tensor              # (B, C) of the whole image
+    logits_l: torch.Tensor              # (B, C) of the regions
     saliency: torch.Tensor              # (B, C, h, w) class saliency maps
     boxes: torch.Tensor                 # (B, K, 2) upper left corners in pixels: row, column
     attention: torch.Tensor             # (B, K) weights of the regions, summing to 1
+
+    def priors(self):
+        """y_g and y_l (B, C): probabilities."""
+        return self.logits_g.float().softmax(1), self.logits_l.float().softmax(1)
+
+    def fused(self):
+        """The guide's own probabilities (B, C): softmax of the mean of both logits."""
+        return ((self.logits_g + self.logits_l).float() / 2).softmax(1)
 
 
 class DCG(nn.Module):
@@ -283,7 +296,7 @@ class DCG(nn.Module):
 
     def __init__(self, config, channels, classes):
         super().__init__()
-        make = lambda: ResNet(config.guide_depth, channels, 0, config.width, stem(config), bool(config.pretrained))
+        make = lambda: ResNet(config.guide_depth, channels, 0, config.width, config.stem, bool(config.pretrained))
         self.global_net, self.local_net = make(), make()
         dim = self.global_net.dim
         self.to_saliency = nn.Conv2d(dim, classes, 1, bias=False)
@@ -291,11 +304,12 @@ class DCG(nn.Module):
         self.attention_u = nn.Linear(dim, 128, bias=False)
         self.attention_w = nn.Linear(128, 1, bias=False)
         self.to_local = nn.Linear(dim, classes, bias=False)
-        self.rois, self.roi_size = config.rois, config.roi_size or round(config.size / 7)
+        self.rois, self.roi_size, self.roi_weight = config.rois, config.roi_size or round(config.size / 7), config.roi_weight
 
     def forward(self, x):
         saliency = self.to_saliency(self.global_net.features(x)).float()
-        boxes = find_rois(saliency.detach(), x.shape[2:], self.roi_size, self.rois)
+        weight = saliency.detach().mean((2, 3)).softmax(1) if self.roi_weight == "probability" else None
+        boxes = find_rois(saliency.detach(), x.shape[2:], self.roi_size, self.rois, weight)
         crops = crop(x, boxes, self.roi_size)                           # (B, K, channels, s, s)
         h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
@@ -304,16 +318,17 @@ class DCG(nn.Module):
         return Guide(saliency.mean((2, 3)), y_l, saliency, boxes, attention[..., 0])
 
 
-def find_rois(saliency, image_size, size, count):
+def find_rois(saliency, image_size, size, count, weight=None):
     """Upper left corners (B, K, 2) in pixels of the K most salient windows of `size` pixels, greedily, without overlap.
 
-    Maps (B, C, h, w) are min-max normalised by class and summed; a window covers round(size h / H) cells and is scored by
+    Maps (B, C, h, w) are min-max normalised by class and summed, with weights (B, C) if given; a window covers round(size h / H) cells and is scored by
     its mean. K = min(count, windows). At 224 pixels, 32-pixel windows and a 7 x 7 map these are the 6 largest cells. No
     gradient and no device synchronisation. Once no free window is left, overlapping ones are taken, never one twice.
     """
     (B, _, h, w), (H, W) = saliency.shape, image_size
     low, high = saliency.amin((2, 3), keepdim=True), saliency.amax((2, 3), keepdim=True)
-    heat = ((saliency - low) / (high - low).clamp_min(1e-12)).sum(1, keepdim=True)      # a constant map: 0, not NaN
+    heat = (saliency - low) / (high - low).clamp_min(1e-12)             # a constant map: 0, not NaN
+    heat = (heat if weight is None else heat * weight[..., None, None]).sum(1, keepdim=True)
     kh, kw = min(h, max(1, round(size * h / H))), min(w, max(1, round(size * w / W)))
     score = F.avg_pool2d(heat, (kh, kw), 1)[:, 0]                       # (B, rows, columns) of windows
     rows, columns = score.shape[1:]
@@ -343,7 +358,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config, channels):
         super().__init__()
-        self.net = ResNet(18, channels, 0, config.width, stem(config))
+        self.net = ResNet(18, channels, 0, config.width, config.stem)
         self.project = nn.Linear(self.net.dim, config.hidden)
         self.norm = nn.BatchNorm1d(config.hidden)
 
@@ -354,9 +369,9 @@ class ImageEncoder(nn.Module):
 class TimedLinear(nn.Module):
     """Linear, times a learned embedding of t."""
 
-    def __init__(self, n_in, n_out, timesteps):
+    def __init__(self, n_in, config):
         super().__init__()
-        self.linear, self.embed = nn.Linear(n_in, n_out), nn.Embedding(timesteps, n_out)
+        self.linear, self.embed = nn.Linear(n_in, config.hidden), nn.Embedding(config.timesteps, config.hidden)
         nn.init.uniform_(self.embed.weight)
 
     def forward(self, x, t):
@@ -370,22 +385,19 @@ class Denoiser(nn.Module):
         super().__init__()
         n_in = classes * (3 if config.prior_input == "both" else 2)
         self.fused = config.prior_input == "fused"
-        self.lin1 = TimedLinear(n_in, config.hidden, config.timesteps)
-        self.lin2 = TimedLinear(config.hidden, config.hidden, config.timesteps)
-        self.lin3 = TimedLinear(config.hidden, config.hidden, config.timesteps)
+        self.lin1, self.lin2, self.lin3 = (TimedLinear(n, config) for n in (n_in, config.hidden, config.hidden))
         self.norm1, self.norm2, self.norm3 = (nn.BatchNorm1d(config.hidden) for _ in range(3))
         self.out = nn.Linear(config.hidden, classes)
 
-    def forward(self, y, y_g, y_l, f, rho, t):
+    def features(self, y, y_g, y_l, f, rho, t):
+        """The last hidden layer (B, F): the denoised embedding."""
         h = torch.cat([y, f] if self.fused else [y, y_g, y_l], 1)
         h = F.softplus(self.norm1(self.lin1(h, t))) * rho               # eq. 3: Hadamard with t, then with rho(x)
         h = F.softplus(self.norm2(self.lin2(h, t)))
-        h = F.softplus(self.norm3(self.lin3(h, t)))
-        return self.out(h)
+        return F.softplus(self.norm3(self.lin3(h, t)))
 
-
-def stem(config):
-    return "small" if config.size < 100 else "imagenet"
+    def forward(self, *inputs):
+        return self.out(self.features(*inputs))
 
 
 class Networks(nn.Module):
@@ -395,11 +407,11 @@ class Networks(nn.Module):
         super().__init__()
         self.classes, variant = classes, config.variant
         diffusion = variant in ("full", "c2", "c1")
-        self.resnet = ResNet(18, channels, classes, config.width, stem(config)) if config.baseline or variant == "basic" else None
+        self.resnet = ResNet(18, channels, classes, config.width, config.stem) if config.baseline or variant == "basic" else None
         self.guide = DCG(config, channels, classes) if variant in ("full", "c2", "dcg") else None
         self.encoder = ImageEncoder(config, channels) if diffusion else None
         self.denoiser = Denoiser(config, classes) if diffusion else None
-        self.register_buffer("temperature", torch.tensor(TEMPERATURE))
+        self.register_buffer("temperature", torch.ones(()))
         ab = linear_alpha_bar(config.timesteps)                         # float64: 1 - ab would lose four digits in float32
         self.register_buffer("sqrt_ab", ab.sqrt().float(), persistent=False)
         self.register_buffer("sqrt_1m_ab", (1 - ab).sqrt().float(), persistent=False)
@@ -462,7 +474,7 @@ def evaluate(nets, split, config, device, joint=True):
                 for kind in ("entropy", "margin", "spread"):
                     rows[kind].append(getattr(out, kind))
             if nets.guide is not None:
-                rows["guide"].append(out.guide if joint else fuse(nets.guide(batch.x)))
+                rows["guide"].append((out.guide if joint else nets.guide(batch.x)).fused())
             if nets.resnet is not None:
                 rows["resnet"].append(nets.resnet(batch.x).float().softmax(1))
     rows = run.gather({k: torch.cat(v).cpu().numpy().astype(np.float64) for k, v in rows.items()})
@@ -473,7 +485,7 @@ def evaluate(nets, split, config, device, joint=True):
 def calibrate(nets, split, config, device):
     """Fits the temperature that turns the mean draw into probabilities, by the likelihood of a validation split."""
     if config.calibrate and nets.denoiser is not None:
-        nets.temperature.fill_(TEMPERATURE)
+        nets.temperature.fill_(1)
         predictions, _ = evaluate(nets, split, config, device)
         nets.temperature.div_(metrics.sharpness(split.labels, predictions[METHOD]))
 
@@ -491,8 +503,14 @@ def measure(nets, data, config, device):
     return {"validation_by_steps_and_samples": table}
 
 
+def embedding(nets, config, out, i):
+    """Fig. 2: the denoiser's last hidden layer (B, F) at reverse step i of each image's first draw."""
+    t = respaced_timesteps(config.timesteps, config.steps)[i].to(out.path.device)
+    return nets.denoiser.features(out.path[:, 0, i], *out.condition, t.expand(len(out.path)))
+
+
 PANELS = [("Losses", "loss", ["eps", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
-          ("Validation", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy"])]
+          ("Validation; guide_accuracy: in training", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy", "guide_accuracy"])]
 
 
 # ============================================================================= 7 setup
@@ -504,8 +522,7 @@ def train(config, resume=None):
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)
     with run.first_process_first():
-        data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit,
-                    limit=config.limit, skip_bad=config.skip_bad)
+        data = load_for(config)
     facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
@@ -519,8 +536,7 @@ def train(config, resume=None):
     if config.compile:
         for net in nets.children():
             net.compile()
-    if run.rank() == 0:
-        run.make_folder(out, config)
+    run.make_folder(out, config)
     run.describe(config, data, METHOD, nets, device)
     total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
     finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
@@ -543,7 +559,7 @@ def train(config, resume=None):
                     state.optimizer.zero_grad(set_to_none=True)
                     for part in batch.split(config.grad_accum):
                         with run.autocast(config, device):
-                            losses = train_step(nets, config, part, joint)
+                            losses = train_step(nets, state.ema, config, part, joint)
                         (losses["loss"] * len(part.y) / len(batch.y)).backward()
                         state.add(losses, len(part.y) / len(batch.y))
                     run.average_gradients(nets.parameters())
@@ -568,65 +584,63 @@ def train(config, resume=None):
     specific = measure(state.ema, data, config, device)
     predictions, uncertainty = evaluate(state.ema, data.test, config, device)
     result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
-    if run.rank() == 0:
-        run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], data.classes)
-        run.draw(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
-    result = run.report(state, out, result, specific, device)           # last: a run with metrics.json is finished
-    if run.rank() == 0:
-        print(run.table(METHOD, result) + f"\npictures: {out / 'figures'}   numbers: {out / 'metrics.json'}", flush=True)
-    return result
+    run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
+    return run.report(state, out, result, specific, device)             # last: a run with metrics.json is finished
 
 
 # ============================================================================= 10 commands
-def train_command(resume=None, **given):
-    """The command without a name: train, or --resume a run from its checkpoint alone."""
-    if resume is None:
-        return train(configure(**given))
-    folder = run.resume_folder(resume, given.pop("output", ""))
-    if (folder / "metrics.json").exists():
-        return print(f"{folder}: finished already; its numbers are in {folder / 'metrics.json'}")
-    return train(run.resume_config(Config, folder, METHOD, given), resume=folder)
-
-
-def evaluate_command(checkpoint, output="", **given):
-    """Scores the test split of the data set it was trained on, or of another with the same classes."""
+@torch.no_grad()
+def explain_command(checkpoint, paths=(), limit=8, tsne=False, output="", **given):
+    """A panel an image (of `limit` test images where none is given): saliency, regions and their attention, the label's path; tsne: Fig. 2."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
-                skip_bad=config.skip_bad, test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
-    predictions, uncertainty = evaluate(nets, data.test, config, device)
-    result = run.score(data.test, predictions, uncertainty[config.uncertainty])
-    out = run.result_folder(output, checkpoint, "eval", config)
-    run.write_predictions(out / "predictions.csv", data.test, predictions[METHOD], uncertainty[config.uncertainty], facts["classes"])
-    run.draw(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
-    run.write(out / "metrics.json", run.as_json(result, indent=1))
-    print(*data.notes, f"{len(data.test)} images", run.table(METHOD, result), f"pictures and numbers: {out}", sep="\n")
+    if nets.guide is None or nets.denoiser is None:
+        raise run.UserError(f"{checkpoint}: --variant {config.variant} lacks a guide or the diffusion; take a run of full or c2")
+    among = dataclasses.replace(config, limit=max(1, limit, 300 * tsne))
+    split, problems = read_split(paths, config, facts) if paths else (load_for(among, facts).test, [])
+    if tsne and len(split) < 4:
+        raise run.UserError("--tsne: 4 images or more are needed")
+    out, classes, tiles, names, hidden = run.result_folder(output, checkpoint, "explain", config), facts["classes"], [], [], []
+    steps = sorted({round(i) for i in np.linspace(0, config.steps - 1, 7)})
+    for batch in run.progress(Batches(split, config.eval_batch_size, device), "explain"):
+        noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], (config.samples, config.steps, len(classes)), device)
+        with run.autocast(config, device):
+            found = classify(nets, config, batch.x, noise)
+            hidden.append([embedding(nets, config, found, i).float().cpu().numpy() for i in steps if tsne])
+        for row, *one in zip(batch.index, *(a.float().cpu().numpy() for a in (found.p, found.path, *found.guide[2:]))):
+            if paths or row < limit:
+                tiles.append(draw_explanation(out, split, row, classes, nets.guide.roi_size, *one))
+            names.append(int(one[0].argmax()))
+    of = [f" (true: {classes[k]})" if k >= 0 else "" for k in split.labels]
+    plots.image_grid(out / "overview.png", tiles, [f"{Path(split.ids[i]).name}\n{classes[names[i]]}{of[i]}" for i in range(len(tiles))], scale=1)
+    if tsne:
+        levels = respaced_timesteps(config.timesteps, config.steps)[steps] + 1
+        labels = np.where(split.labels < 0, names, split.labels)
+        plots.scatter(out / "tsne.png", {f"t = {t}": plane(np.concatenate(h)) for t, h in zip(levels.tolist(), zip(*hidden))}, labels, classes,
+                      "t-SNE of the denoised embedding", "colour: true class" if split.labels[0] >= 0 else "colour: predicted class")
+    print(*problems, f"panels and overview.png: {out}   (not for clinical use)", sep="\n")
 
 
-def predict_command(checkpoint, paths, output="", **given):
-    """Class, probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
-    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
-    split = Split(images, np.zeros(len(ids), np.int64), ids)
-    seeds = dataclasses.replace(split, ids=[Path(name).stem for name in ids])       # the same file has the same noise in any folder
-    predictions, uncertainty = evaluate(nets, seeds, config, device)
-    p, out = predictions[METHOD], run.result_folder(output, checkpoint, "predict", config)
-    run.write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], facts["classes"], labelled=False)
-    for i, name in enumerate(ids):
-        label = facts["classes"][p[i].argmax()]
-        lines = [f"{kind} {u[i]:.3f}" for kind, u in uncertainty.items()]
-        print(f"{name}  {label}  p {p[i].max():.3f}  " + "  ".join(lines))
-        plots.panel(out / f"{i:04d}-{run.file_name(Path(name).stem)}.png", images[i], f"{label}: {Path(name).name}",
-                    dict(zip(facts["classes"], p[i])), lines)
-    print(*problems, f"panels and predictions.csv: {out}   (not for clinical use)", sep="\n")
+def draw_explanation(out, split, row, classes, side, p, path, saliency, corners, attention):
+    """One panel; returns the picture with regions and saliency, for the overview."""
+    image, best, name = split.images[row], p.argmax(), Path(split.ids[row]).name
+    boxes = np.concatenate([corners[:, ::-1], corners[:, ::-1] + side], 1)
+    tiles = {name: plots.overlay(image), f"saliency of {classes[best]}": plots.overlay(image, saliency[best]),
+             "regions, with their attention": plots.overlay(image, None, boxes, [f"{a:.2f}" for a in attention])}
+    shown, done = np.argsort(-p)[:5], np.arange(path.shape[1])
+    series = {classes[k]: (done, path[:, :, k].mean(0), *(np.quantile(path[:, :, k], (.1, .9), 0) if k in shown[:2] else ())) for k in shown}
+    true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
+    plots.explanation(out / f"{row:04d}-{run.file_name(Path(name).stem)}.png", f"{classes[best]}{true}", tiles,
+                      [(series, f"y_t: mean of {len(path)} draws, band from 10 to 90 % of them", "reverse steps done: from t = T to 0", "entry of y_t")],
+                      ["probability: " + ", ".join(f"{classes[k]} {p[k]:.3f}" for k in shown)])
+    return plots.overlay(image, saliency[best], boxes, side=160)
 
 
 def main(argv=None):
-    """The command line; returns the exit code."""
-    sampling = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]
-    commands = {"train": (train_command, None, "Train DiffMIC and score it on the test split."),
-                "eval": (evaluate_command, ["data", "root", "split", "limit", *sampling], "Score a checkpoint on a test split."),
-                "predict": (predict_command, sampling, "Classify images.")}
-    return run.command_line(argv, METHOD, __doc__, Config, commands, {"--scale small": SMALL, "--recipe plus": PLUS}, (DataError,))
+    """The command line; returns the exit code. `train`, `eval` and `predict` are those of every method: common/run.py."""
+    more = {"--limit": dict(type=int, default=8, metavar="N", help="panels of so many test images, where no image is given; default 8"),
+            "--tsne": dict(action="store_true", help="also the t-SNE of the denoised embedding at seven steps")}
+    return run.command_line(argv, sys.modules[__name__], {
+        "explain": (explain_command, ["data", "root", "split", *SAMPLING], "Show why: saliency, regions, the path of the label vector.", more)})
 
 
 if __name__ == "__main__":

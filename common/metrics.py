@@ -277,3 +277,10 @@ def summary(y, p, uncertainty=None, ci=0, yhat=None, groups=None):
         out["ci95"] = {metric.__name__: list(bootstrap_ci(metric, y, a, n=ci, groups=groups)) for metric, a in
                        ((accuracy, yhat), (f1_macro, yhat), (auroc, p), (balanced_accuracy, yhat))}
     return out
+
+
+def box_mask(boxes, size):
+    """boxes (..., 4) as x0, y0, x1, y1 in pixels -> bool (..., H, W), True inside; size = (H, W)."""
+    y, x = np.arange(size[0])[:, None], np.arange(size[1])
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes), -1, 0)[..., None, None]
+    return (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)

@@ -359,3 +359,74 @@ def panel(path, image, title, bars, lines=(), intervals=None):
         canvas.text(16, below + 21 * i, line, 14)
     canvas.text(16, canvas.height - 26, "not for clinical use", color=VERMILION)
     return canvas.save(path)
+
+
+def overlay(image, heat=None, boxes=(), marks=(), side=256):
+    """image uint8 (C,H,W) enlarged to `side` -> uint8 (3,h,w), with a map heat (rows,columns) from clear (least) to red (most) laid over it, and
+    boxes (x0, y0, x1, y1) in the image's pixels with a short text each."""
+    image = picture(image)
+    scale = side / max(image.size)
+    image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    if heat is not None:
+        heat = np.asarray(heat, dtype=np.float32)
+        heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
+        weight = Image.fromarray((heat * 165).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+        image.paste(VERMILION, (0, 0), weight)
+    draw = ImageDraw.Draw(image)
+    for i, box in enumerate(boxes):
+        x0, y0, x1, y1 = (round(float(v) * scale) for v in box)
+        for grow, color in (1, BLACK), (0, "white"):                                    # seen on light and on dark
+            draw.rectangle((x0 - grow, y0 - grow, x1 - 1 + grow, y1 - 1 + grow), outline=color)
+        if i < len(marks):
+            draw.text((x0 + 3, y0 + 1), str(marks[i]), "white", font=font(12), stroke_width=2, stroke_fill=BLACK)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def explanation(path, title, tiles, charts, lines=()):
+    """Why a model decided so: a row of tiles {caption: uint8 (C,h,w) of equal size}, a row of charts [(series, title, x label, y label)] as `chart`
+    draws them, and lines of text."""
+    tiles = {caption: picture(tile) for caption, tile in tiles.items()}
+    w, h = next(iter(tiles.values())).size
+    width = max(16 + len(tiles) * (w + 12), 620)
+    texts = [paragraph(caption, 12, w) for caption in tiles]
+    text = [row for line in lines for row in paragraph(line, 14, width - 32)]
+    top = 52 + h + 8 + 16 * max(map(len, texts))
+    canvas = Canvas(width, top + 330 * bool(charts) + 21 * len(text) + 44, title)
+    for i, (tile, rows) in enumerate(zip(tiles.values(), texts)):
+        canvas.image.paste(tile, (16 + i * (w + 12), 48))
+        for k, row in enumerate(rows):
+            canvas.text(16 + i * (w + 12) + w / 2, 54 + h + 16 * k, row, 12, "ma")
+    for i, (series, name, xlabel, ylabel) in enumerate(charts):
+        left, right = 8 + i * (width - 16) // len(charts), 8 + (i + 1) * (width - 16) // len(charts)
+        chart(canvas, (left, top, right, top + 325), series, name, xlabel, ylabel)
+    for i, row in enumerate(text):
+        canvas.text(16, top + 330 * bool(charts) + 8 + 21 * i, row, 14)
+    canvas.text(16, canvas.height - 26, "not for clinical use", color=VERMILION)
+    return canvas.save(path)
+
+
+def scatter(path, panels, labels, classes, title="", note=""):
+    """panels {title: points (N,2)} side by side in frames without axes, coloured by labels (N,) into `classes`; four frames a row, then the legend."""
+    columns, side = 4, 220
+    canvas = Canvas(16 + columns * (side + 12), 60 + -(-(len(panels) + 1) // columns) * (side + 34), title)
+    canvas.text(16, 36, note, 12, color=GREY)
+    shown = [k for k in range(len(classes)) if (np.asarray(labels) == k).any()]
+
+    def mark(draw, x, y, k, r):                                                         # a colour, and another shape after seven
+        shape = (draw.ellipse, draw.rectangle)[k // len(PALETTE) % 2]
+        shape((x - r, y - r, x + r, y + r), fill=PALETTE[k % len(PALETTE)])
+    for i, (name, points) in enumerate(panels.items()):
+        left, top, points = 16 + i % columns * (side + 12), 60 + i // columns * (side + 34), np.asarray(points, dtype=np.float64)
+        canvas.text(left, top, name, 13, room=side)
+        low, span = points.min(0), max(float(np.ptp(points, axis=0).max()), 1e-12)
+        tile = Image.new("RGB", (side * FINE, side * FINE), "white")
+        draw = ImageDraw.Draw(tile)
+        for (x, y), k in zip(10 * FINE + (points - low + (span - np.ptp(points, axis=0)) / 2) / span * (side - 20) * FINE, labels):
+            mark(draw, x, y, int(k), 2.6 * FINE)
+        canvas.image.paste(tile.resize((side, side), Image.Resampling.BOX), (left, top + 20))
+        canvas.draw.rectangle((left, top + 20, left + side, top + 20 + side), outline=LIGHT)
+    left, top = 28 + len(panels) % columns * (side + 12), 84 + len(panels) // columns * (side + 34)
+    for i, k in enumerate(shown[:12]):
+        mark(canvas.draw, left, top + 18 * i + 8, k, 4)
+        canvas.text(left + 12, top + 18 * i, f"{classes[k]} ({(np.asarray(labels) == k).sum()})", 13, room=side - 30)
+    return canvas.save(path)

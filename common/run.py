@@ -23,6 +23,7 @@ import sys
 import time
 import typing
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,20 +129,24 @@ def add_options(parser, Config, names=None):
         groups[group].add_argument(*options, **extra)
 
 
-def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
-    """Parses `argv` and runs the command; returns the exit code: 0, 1 a fault, 2 a user's mistake, 130/143 a signal.
+def command_line(argv, method, more):
+    """Parses `argv` and runs a command of a method (its module); returns the exit code: 0, 1 a fault, 2 a user's mistake, 130/143 a signal.
 
-    `commands` = {"train": (function(**given), None, summary), "eval": (function(checkpoint, **given), field names, summary),
-    ...}; `tables` = {"--scale small": {field: value}, ...} are shown by --help; `errors` are exceptions that are a user's mistake.
+    `more` = {"explain": (function(checkpoint, **given), names of settings, summary, {option: arguments of add_argument}), ...} beside the
+    commands that every method has. The module's SMALL and PLUS are shown by --help; its DataError is a user's mistake.
     """
+    commands = {"train": (partial(train_command, method), None, "Train, and score on the test split.", {}),
+                "eval": (partial(evaluate_command, method), ["data", "root", "split", "limit", *method.SAMPLING], "Score a checkpoint on a test split.", {}),
+                "predict": (partial(predict_command, method), method.SAMPLING, "Classify images.", {}), **more}
     argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in (sys.argv[1:] if argv is None else argv)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")               # the name of a file may hold what a terminal cannot show
     name = argv.pop(0) if argv and argv[0] in commands else "train"
-    function, names, summary = commands[name]
-    prog = f"python {method}.py" + (f" {name}" if name != "train" else "")
-    epilog = "examples:\n" + re.sub(r"(?m)^ *", "  ", doc[doc.index(f"python {method}.py"):].split("\n\n")[0])
-    epilog += "".join(f"\n\n{key} sets " + ", ".join(f"{k} {v}" for k, v in table.items()) for key, table in dict(tables).items())
+    function, names, summary, extra = commands[name]
+    doc, prog = method.__doc__, f"python {method.METHOD}.py" + (f" {name}" if name != "train" else "")
+    epilog = "examples:\n" + re.sub(r"(?m)^ *", "  ", doc[doc.index(f"python {method.METHOD}.py"):].split("\n\n")[0])
+    for option, table in ("--scale small", method.SMALL), ("--recipe plus", method.PLUS):
+        epilog += f"\n\n{option} sets " + ", ".join(f"{k} {v}" for k, v in table.items())
     parser = Parser(prog, f"{prog} [options]" + (" IMAGE ..." if name in ("predict", "explain") else ""), summary, epilog,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if name == "train":
@@ -150,8 +155,11 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
     else:
         parser.add_argument("--checkpoint", required=True, help="a run's best.pt")
         if name in ("predict", "explain"):
-            parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    add_options(parser, Config, names)
+            parser.add_argument("paths", nargs="+" if name == "predict" else "*", metavar="IMAGE",
+                                help="image files, or folders of them" + "; none: some of the test split" * (name == "explain"))
+    for option, arguments in extra.items():
+        parser.add_argument(option, **arguments)
+    add_options(parser, method.Config, names)
     try:
         with signals():
             function(**vars(parser.parse_args(argv)))
@@ -167,7 +175,7 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
-    except (UserError, *errors) as mistake:
+    except (UserError, method.DataError) as mistake:
         code, message = 2, str(mistake)
     except (WorkError, OSError) as fault:
         code, message = 1, str(fault)
@@ -178,6 +186,42 @@ def command_line(argv, method, doc, Config, commands, tables=(), errors=()):
         message = f"out of memory ({reason}): try a smaller --batch-size with --grad-accum, or --size"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def train_command(method, resume=None, **given):
+    """The command without a name: train, or --resume a run from its checkpoint alone."""
+    if resume is None:
+        return method.train(method.configure(**given))
+    folder = resume_folder(resume, given.pop("output", ""))
+    if (folder / "metrics.json").exists():
+        return print(f"{folder}: finished already; its numbers are in {folder / 'metrics.json'}")
+    return method.train(resume_config(method.Config, folder, method.METHOD, given), resume=folder)
+
+
+def evaluate_command(method, checkpoint, output="", **given):
+    """`eval`: scores the test split of the data set that a model was trained on, or of another with the same classes."""
+    config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
+    data = method.load_for(config, facts)
+    predictions, uncertainty = method.evaluate(nets, data.test, config, device)
+    result = score(data.test, predictions, uncertainty[config.uncertainty])
+    out = result_folder(output, checkpoint, "eval", config)
+    write_evaluation(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
+    write(out / "metrics.json", as_json(result, indent=1))
+    print(*data.notes, f"{len(data.test)} images", table(method.METHOD, result), f"pictures and numbers: {out}", sep="\n")
+
+
+def predict_command(method, checkpoint, paths, output="", **given):
+    """`predict`: class, probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
+    config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
+    split, problems = method.read_split(paths, config, facts)
+    predictions, uncertainty = method.evaluate(nets, split, config, device)
+    p, classes, out = predictions[method.METHOD], facts["classes"], result_folder(output, checkpoint, "predict", config)
+    write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], classes)
+    for i, name in enumerate(split.ids):
+        label, lines = classes[p[i].argmax()], [f"{kind} {u[i]:.3f}" for kind, u in uncertainty.items()]
+        print(f"{name}  {label}  p {p[i].max():.3f}  " + "  ".join(lines))
+        plots.panel(out / f"{i:04d}-{file_name(Path(name).stem)}.png", split.images[i], f"{label}: {Path(name).name}", dict(zip(classes, p[i])), lines)
+    print(*problems, f"panels and predictions.csv: {out}   (not for clinical use)", sep="\n")
 
 
 # ----------------------------------------------------------------------------- signals and progress
@@ -264,7 +308,8 @@ def seed_of(*parts):
 
 def image_noise(seed, ids, shape, device):
     """Standard normal noise (B, *shape), drawn image by image from (seed, id): no batch size or order changes it."""
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", i))) for i in ids]
+    # the file's name alone: a picture given to `predict` has the noise that it had in its data set
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", Path(i).stem))) for i in ids]
     return torch.stack(noise).to(device)
 
 
@@ -403,6 +448,8 @@ def free_folder(path):
 
 def make_folder(out, config):
     """Makes a folder with config.json in it. Raises UserError where nothing can be written."""
+    if rank() > 0:
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp"):                                 # half-written files of a run that was killed
@@ -725,13 +772,13 @@ def commit():
     return "unknown"
 
 
-def write_predictions(path, split, p, uncertainty, classes, labelled=True):
-    """predictions.csv: id,true,predicted,uncertainty,p:<class>,... `true` stays empty for images without a label."""
+def write_predictions(path, split, p, uncertainty, classes):
+    """predictions.csv: id,true,predicted,uncertainty,p:<class>,... `true` stays empty for images without a label (-1)."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "true", "predicted", "uncertainty", *(f"p:{c}" for c in classes)])
     for i, row in enumerate(p):
-        true = classes[int(split.labels[i])] if labelled else ""
+        true = classes[int(split.labels[i])] if split.labels[i] >= 0 else ""
         table.writerow([split.ids[i], true, classes[int(row.argmax())], f"{uncertainty[i]:.6f}", *(f"{x:.6f}" for x in row)])
     write(path, text.getvalue())
 
@@ -764,7 +811,7 @@ def score(split, predictions, uncertainty, train_labels=None, ci=1000):
 
 
 def report(state, out, result, specific, device):
-    """What metrics.json holds, and writes it."""
+    """Writes and returns what metrics.json holds, and prints the table."""
     result = {"method": state.method, **{k: getattr(state.config, k) for k in ("data", "scale", "recipe", "seed")}, "commit": commit(),
               "torch": str(torch.__version__), "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
               "threads": torch.get_num_threads(), "seconds": sum(row["seconds"] for row in state.history),
@@ -772,6 +819,7 @@ def report(state, out, result, specific, device):
               **result, "method_specific": specific}
     if rank() == 0:
         write(out / "metrics.json", as_json(result, indent=1))
+        print(table(state.method, result) + f"\npictures: {out / 'figures'}   numbers: {out / 'metrics.json'}", flush=True)
     return result
 
 
@@ -782,9 +830,12 @@ def table(method, result):
     return "\n".join(lines + [f"{name:14}" + "".join(f"{m[k]:10.3f}" for k in ("accuracy", "f1_macro", "auroc", "ece")) for name, m in rows])
 
 
-def draw(out, split, classes, predictions, uncertainty, history=None, panels=()):
-    """The pictures every run has: learning curves, confusion matrix, reliability, accuracy against coverage."""
+def write_evaluation(out, split, classes, predictions, uncertainty, history=None, panels=()):
+    """predictions.csv and the pictures every run has: learning curves, confusion matrix, reliability, accuracy against coverage."""
+    if rank() > 0:
+        return
     figures, ((method, p), *others) = Path(out) / "figures", predictions.items()
+    write_predictions(Path(out) / "predictions.csv", split, p, uncertainty, classes)
     if history:
         plots.curves(figures / "curves.png", history, "Learning curves", panels)
     plots.confusion(figures / "confusion.png", metrics.confusion_matrix(split.labels, p.argmax(1), len(classes)), classes, f"{method}: test split")

@@ -8,7 +8,7 @@ from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .types import DataError, DataSet, Split
 
-__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "read_images"]
+__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split"]
 LOADERS = {"ham10000": ham10000.table, "folder": folder.table}
 NAMES = ("toy", *LOADERS)
 SPLIT_RULES = ("official", "group", "paper")
@@ -59,6 +59,20 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
         records = [r for r in records if r.split == "test"]
     records = _limited(records, limit, seed)
     return _decoded(name, root, records, table, size, channels or table.channels, fit, skip_bad, test_only)
+
+
+def load_for(config, facts=None):
+    """The data set that a run's settings name. `facts` (classes, channels, own_data) of a trained model: as that knows it, and of another
+    data set than its own the test split alone."""
+    known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
+    return load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
+                skip_bad=config.skip_bad, **known)
+
+
+def read_split(paths, config, facts):
+    """A user's own files and folders as a trained model takes them: a Split whose labels are -1, and a list of problems."""
+    images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
+    return Split(images, np.full(len(ids), -1), ids), problems
 
 
 def _limited(records, limit, seed):

@@ -2,20 +2,23 @@
 
 Each cell (method, settings, seed) is one ordinary training; its metrics.json is the record, kept in tests/results/NAME-sSEED.json with
 the command that made it. Cells whose record is there are not run again: delete the file to measure anew. --table prints the README's
-table from the records, --picture RUN its picture; tests/test_readme.py holds the two together.
+tables from the records, --picture RUN its pictures; tests/test_readme.py holds the two together.
 """
 import argparse
 import csv
 import importlib
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from common import metrics, plots  # before torch
+from common import run as running
 import numpy as np
+import torch
 
-from common import plots
-from data import toy
+from data import Batches, load_for, toy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CELLS = {                                                               # name: (method, settings, seeds)
@@ -23,12 +26,19 @@ CELLS = {                                                               # name: 
     "diffmic-toy-paper": ("diffmic", dict(data="toy", recipe="paper"), (0,)),
     "diffmic-ham10000-small": ("diffmic", dict(data="ham10000", scale="small"), (0,)),
 }
+IDEAS = {                                                               # of a method: one field of recipe plus changed at a time
+    "diffmic": {"eps": dict(target="eps"), "uniform": dict(roi_weight="uniform"), "deep": dict(deep_supervision=False),
+                "roi": dict(roi_size=8), "ema": dict(prior_source="ema"), "dropout": dict(prior_dropout=.3),
+                "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
+}
+CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 KEYS = ("accuracy", "f1_macro", "auroc", "ece")
 
 
 def command(name, seed):
     method, settings, _ = CELLS[name]
-    options = " ".join(f"--{k} {v}" for k, v in (settings | {"seed": seed}).items() if (k, v) not in (("data", "toy"), ("seed", 0)))
+    given = {k.replace("_", "-"): v for k, v in (settings | {"seed": seed}).items() if (k, v) not in (("data", "toy"), ("seed", 0))}
+    options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {v}" for k, v in given.items())
     return f"python {method}.py {options}".strip()
 
 
@@ -39,12 +49,52 @@ def run(name, seed, root=None):
     with tempfile.TemporaryDirectory() as folder:
         given = settings | dict(seed=seed, output=str(Path(folder) / "run")) | (dict(root=root) if root else {})
         result = module.train(module.configure(**given))
+        if method == "diffmic" and settings["data"] == "toy":
+            result["regions"] = regions(Path(folder) / "run" / "best.pt")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps({"command": command(name, seed)} | result, indent=1))
 
 
+def regions(checkpoint):
+    """How DiffMIC's regions lie on the lesions of the validation split, by class: the share of the lesion's box that they cover, their
+    share inside it, and by chance: their share of the image, which is what regions thrown at random would cover."""
+    diffmic = importlib.import_module("diffmic")
+    config, nets, facts, device = running.load_model(checkpoint, "diffmic", diffmic.Config, diffmic.build, {})
+    val, side = load_for(config).val, nets.guide.roi_size
+    with torch.no_grad():
+        corners = torch.cat([nets.guide(batch.x).boxes for batch in Batches(val, 128, device)]).cpu().numpy()[..., ::-1]
+    found = metrics.box_mask(np.concatenate([corners, corners + side], -1), val.images.shape[2:]).any(1)       # (N, H, W)
+    truth = metrics.box_mask(val.boxes, val.images.shape[2:])
+    both = (found & truth).sum((1, 2))
+    shares = {"covered": both / truth.sum((1, 2)), "inside": both / found.sum((1, 2)), "chance": found.mean((1, 2))}
+    of = {name: val.labels == k for k, name in enumerate(facts["classes"])} | {"all": val.labels >= 0}
+    return {name: {k: float(v[rows].mean()) for k, v in shares.items()} for name, rows in of.items()}
+
+
+def regions_table(name):
+    """The README's table of `regions`: mean over the seeds of a cell."""
+    found = [record["regions"] for record in records(name)]
+    lines = ["| | lesion's box covered | by chance | regions inside the box |", "|---|---|---|---|"]
+    for label in found[0]:
+        mean = {k: np.mean([f[label][k] for f in found]) for k in found[0][label]}
+        lines.append(f"| {label} | {mean['covered']:.2f} | {mean['chance']:.2f} | {mean['inside']:.2f} |")
+    return "\n".join(lines)
+
+
+def ideas_table(method):
+    """Recipe plus with one field changed at a time, toy seed 0: what decided (validation) and what came of it (test)."""
+    lines = ["| one field changed | validation accuracy | NLL | test accuracy | macro F1 | guide |", "|---|---|---|---|---|---|"]
+    for name, given in {"": {}, **{f"-{idea}": given for idea, given in IDEAS[method].items()}}.items():
+        for record in records(f"{method}-toy{name}")[:1]:
+            val, test = record["method_specific"]["validation_by_steps_and_samples"][-1], record["test"]
+            option = command(f"{method}-toy{name}", 0).partition(".py ")[2]
+            lines.append(f"| {f'`{option}`' if option else 'none'} | {val['accuracy']:.3f} | {val['nll']:.3f} | {test['accuracy']:.3f} | "
+                         f"{test['f1_macro']:.3f} | {record['baselines']['guide']['accuracy']:.3f} |")
+    return "\n".join(lines)
+
+
 def records(name):
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-s*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-s[0-9]*.json"))]
 
 
 def rows(name):
@@ -66,8 +116,19 @@ def table(name):
     return "\n".join(lines)
 
 
+def pictures(folder):
+    """The README's pictures of DiffMIC, out of a toy run: predictions, one explanation, t-SNE as the paper's Fig. 2."""
+    diffmic = importlib.import_module("diffmic")
+    with tempfile.TemporaryDirectory() as out:
+        diffmic.explain_command(Path(folder) / "best.pt", tsne=True, limit=8, output=out)
+        panels = sorted(Path(out).glob("0*.png"))
+        for source, name in (panels[1], "explain"), (Path(out) / "overview.png", "overview"), (Path(out) / "tsne.png", "tsne"):
+            shutil.copy(source, RESULTS / f"diffmic-{name}.png")
+    return picture(folder)
+
+
 def picture(folder, path=RESULTS / "diffmic.png"):
-    """The README's picture: test images of a toy run by true class, each with what was predicted and how probably."""
+    """Test images of a toy run by true class, each with what was predicted and how probably."""
     with open(Path(folder) / "predictions.csv", newline="") as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
     test = toy.make(json.loads((Path(folder) / "config.json").read_text())["seed"], 96, {"train": 1, "val": 1}).test
@@ -83,14 +144,16 @@ def picture(folder, path=RESULTS / "diffmic.png"):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=CELLS)
+    parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
-    parser.add_argument("--picture", metavar="RUN", help="draw tests/results/diffmic.png from a toy run")
+    parser.add_argument("--picture", metavar="RUN", help="draw tests/results/diffmic*.png from a toy run")
     args = parser.parse_args(argv)
     if args.picture:
-        return print(picture(args.picture))
-    for name in [args.only] if args.only else CELLS:
+        return print(pictures(args.picture))
+    if args.table:
+        print(f"{regions_table('diffmic-toy')}\n\n{ideas_table('diffmic')}\n")
+    for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")
             continue

@@ -1,0 +1,246 @@
+"""Speed as ratios, both sides in one run: `python -m tests.bench [--only ROW ...] [--device cuda] [--quick] [--write]`.
+
+Ours beside the authors' arrangement (tests/authors.py), over the same weights, threads, dtype and images; what an evaluation does
+runs under no_grad on both sides. --write keeps the record in tests/results/bench-DEVICE.json, whose table the README shows
+(--table); --quick is a trial at small sizes. Machines are shared and noisy: times mean little, ratios more.
+"""
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import run  # before torch
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import diffmic
+from data import Batches, Split, cache
+from tests import authors
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Setting:
+    """What every row measures: networks at the paper's sizes, images, device; --quick: at small ones."""
+
+    def __init__(self, device, quick):
+        self.device, self.quick = torch.device(device), quick
+        given = dict(size=64, width=8, guide_depth=18, hidden=64, steps=10) if quick else {}
+        self.config = diffmic.configure(data="ham10000", baseline=False, device=device, **given)
+        facts = dict(channels=3, classes=list("ABCDEFG"), multilabel=False)
+        torch.manual_seed(0)
+        self.nets = run.place(diffmic.build(self.config, facts), self.device)
+        self.x = torch.rand(8 if quick else 32, 3, self.config.size, self.config.size, device=self.device) * 2 - 1
+        self.y = torch.arange(len(self.x), device=self.device) % 7
+
+    def seconds(self, work, repeat=1):
+        """Least of `repeat` times of work(), the device's queue emptied before and after."""
+        times = []
+        for _ in range(repeat):
+            self.wait()
+            began = time.perf_counter()
+            with run.autocast(self.config, self.device):
+                work()
+            self.wait()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+# ============================================================================= rows: (ours, theirs) in seconds
+def prediction(s):
+    """One draw of every image, T = 250 reverse steps: guide, embedding, chain."""
+    nets, config = s.nets.eval(), s.config
+    noise = torch.randn(len(s.x), 1, config.steps, 7, device=s.device)
+    with torch.no_grad():
+        s.seconds(lambda: nets.denoiser(*[torch.zeros(2, 7, device=s.device)] * 4, nets.encoder(s.x[:2]), torch.zeros(2, dtype=torch.long, device=s.device)))
+        return (s.seconds(lambda: diffmic.classify(nets, config, s.x, noise)),
+                s.seconds(lambda: authors.predict(nets, config, s.x, noise[:, 0])))
+
+
+def training_step(s):
+    """Forward and backward passes of guide, encoder and denoiser."""
+    nets = s.nets.train()
+    batch = diffmic_batch(s)
+
+    def ours():
+        nets.zero_grad(set_to_none=True)
+        nets.train()
+        diffmic.train_step(nets, None, s.config, batch, True)["loss"].backward()
+
+    def theirs():
+        nets.zero_grad(set_to_none=True)
+        authors.train_step(nets, s.config, s.x, s.y)
+    s.seconds(ours)                                                     # memory is taken once
+    pairs = [(s.seconds(ours), s.seconds(theirs)) for _ in range(2)]
+    nets.zero_grad(set_to_none=True)
+    return tuple(min(times) for times in zip(*pairs))
+
+
+def diffmic_batch(s):
+    from data.batches import Batch
+    return Batch(s.x, s.y, np.arange(len(s.x)))
+
+
+def regions(s):
+    """Six regions an image out of a 7 x 7 map, found and cut."""
+    saliency, size, count = torch.randn(len(s.x), 7, 7, 7, device=s.device), s.nets.guide.roi_size, 6
+    shape = s.x.shape[2:]
+
+    def theirs():
+        return authors.crop(s.x, authors.find_rois(saliency, shape, size, count), size, red=False)
+
+    def ours():
+        return diffmic.crop(s.x, diffmic.find_rois(saliency, shape, size, count), size)
+    assert s.quick or torch.equal(ours(), theirs())                     # the same boxes where they are whole cells
+    return s.seconds(ours, 20), s.seconds(theirs, 20)
+
+
+def epoch(s, names):
+    """An epoch of batches of 32 from the cache, beside decoding 600 x 450 JPEGs each time (Pillow, as many threads as torch has)."""
+    n, size = (32, 64) if s.quick else (512, 224)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for i in range(n):
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((600, 450), Image.Resampling.BICUBIC)
+            grain = Image.fromarray(rng.integers(0, 256, (450, 600, 3), np.uint8))
+            files.append(Path(folder) / f"{i}.jpg")
+            Image.blend(coarse, grain, .08).save(files[-1], quality=90)
+        images = np.stack([square(file, size) for file in files])
+        split = Split(images, np.zeros(n, np.int64), [f.stem for f in files])
+
+        def ours():
+            for batch in Batches(split, 32, s.device, True, 0, names):
+                pass
+
+        def theirs():
+            rngs = [np.random.default_rng([0, i]) for i in range(n)]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                for i in range(0, n, 32):
+                    rows = list(pool.map(lambda j: square(files[j], size, names, rngs[j]), range(i, min(n, i + 32))))
+                    (torch.from_numpy(np.stack(rows)).to(s.device).float() / 127.5 - 1)
+        return s.seconds(ours, 3), s.seconds(theirs, 2)
+
+
+def square(file, size, names=(), rng=None):
+    """A JPEG decoded, cropped to its central square, resized, flipped and turned as the authors do -> uint8 (3, size, size)."""
+    image = Image.open(file).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+    if "hflip" in names and rng.random() < .5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if "rotate" in names:
+        image = image.rotate(rng.uniform(-30, 30), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+ROWS = {                                                                # name: (work, what it is, aim for theirs / ours)
+    "prediction": (prediction, "prediction of 32 images, 224 px, 250 steps, one draw", 10),
+    "training step": (training_step, "training step, 32 images of 224 px", 1 / .7),
+    "regions": (regions, "six regions of 32 images, found and cut", None),
+    "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10),
+    "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4),
+}
+
+
+# ============================================================================= the full size, on its own
+def full_size(s, seconds=30.):
+    """Throughput at the paper's size: training and prediction, images a second, share of the device's measured peak, memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+    nets, config, n = s.nets, s.config, len(s.x)
+    batch, optimizer = diffmic_batch(s), torch.optim.Adam(diffmic.parameter_groups(nets, config), fused=True)
+    with FlopCounterMode(display=False) as count, run.autocast(config, s.device):
+        nets.train()
+        diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
+    if s.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
+        optimizer.step()
+
+    def many(work, repeat=20):
+        first = s.seconds(work)
+        k = max(1, min(repeat, int(seconds / max(first, 1e-3))))
+        return s.seconds(lambda: [work() for _ in range(k)]) / k
+    train = many(step)
+    found = {"train images/s": n / train, "train TFLOP/s": count.get_total_flops() / train / 1e12, "peak TFLOP/s": peak(s) / 1e12,
+             "share of peak": count.get_total_flops() / train / peak(s)}
+    if s.device.type == "cuda":
+        found["train memory GB"] = torch.cuda.max_memory_allocated() / 1e9
+    nets.eval()
+    B = 256 if s.device.type == "cuda" else n
+    x, noise = s.x.repeat(B // n, 1, 1, 1), torch.randn(B, 1, config.steps, 7, device=s.device)
+    with torch.no_grad():
+        found["prediction ms an image"] = 1e3 * many(lambda: diffmic.classify(nets, config, x, noise)) / B
+    return found
+
+
+def peak(s):
+    """FLOP/s of one large matrix product in the dtype that training uses: the device's peak, as measured."""
+    n = 8192 if s.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.device.type == "cuda" else torch.float32)
+    s.seconds(lambda: a @ a)
+    return 2 * n ** 3 / s.seconds(lambda: a @ a, 10)
+
+
+# ============================================================================= record and table
+def machine(s):
+    if s.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of a shared {platform.machine()} CPU"
+
+
+def table(record):
+    lines = [f"| {record['machine']}, {record['dtype']} | ours | the authors' arrangement | ratio | aim |", "|---|---|---|---|---|"]
+    for name, row in record["rows"].items():
+        aim = ROWS[name][2]
+        lines.append(f"| {ROWS[name][1]} | {row['ours']:.3g} s | {row['theirs']:.3g} s | {row['theirs'] / row['ours']:.1f} | "
+                     + (f"{aim:.1f} |" if aim else "|"))
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "full size"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args(argv)
+    path = RESULTS / f"bench-{args.device.split(':')[0]}.json"
+    if args.table:
+        return print(table(json.loads(path.read_text())))
+    s = Setting(args.device, args.quick)
+    record = {"command": f"python -m tests.bench --device {args.device} --write", "machine": machine(s), "torch": str(torch.__version__),
+              "dtype": "bf16" if s.device.type == "cuda" else "float32", "commit": run.commit(), "rows": {}}
+    if args.write and path.exists():
+        record["rows"] = json.loads(path.read_text())["rows"]
+    for name in args.only or ROWS:
+        if name == "full size":
+            record[name] = full_size(s)
+            print(name, json.dumps(record[name], indent=1), flush=True)
+            continue
+        ours, theirs = ROWS[name][0](s)
+        record["rows"][name] = {"ours": ours, "theirs": theirs}
+        print(f"{name:18} ours {ours:9.4f} s   theirs {theirs:9.4f} s   ratio {theirs / ours:6.2f}", flush=True)
+    if args.write:
+        path.write_text(json.dumps(record, indent=1))
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
