@@ -375,6 +375,7 @@ def overlay(image, heat=None, boxes=(), marks=(), side=256):
     draw = ImageDraw.Draw(image)
     for i, box in enumerate(boxes):
         x0, y0, x1, y1 = (round(float(v) * scale) for v in box)
+        x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
         for grow, color in (1, BLACK), (0, "white"):                                    # seen on light and on dark
             draw.rectangle((x0 - grow, y0 - grow, x1 - 1 + grow, y1 - 1 + grow), outline=color)
         if i < len(marks):

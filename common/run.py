@@ -214,7 +214,8 @@ def predict_command(method, checkpoint, paths, output="", **given):
     """`predict`: class, probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
     config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
     split, problems = method.read_split(paths, config, facts)
-    predictions, uncertainty = method.evaluate(nets, split, config, device)
+    seeds = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids])       # the same file has the same noise in any folder
+    predictions, uncertainty = method.evaluate(nets, seeds, config, device)
     p, classes, out = predictions[method.METHOD], facts["classes"], result_folder(output, checkpoint, "predict", config)
     write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], classes)
     for i, name in enumerate(split.ids):
@@ -308,8 +309,7 @@ def seed_of(*parts):
 
 def image_noise(seed, ids, shape, device):
     """Standard normal noise (B, *shape), drawn image by image from (seed, id): no batch size or order changes it."""
-    # the file's name alone: a picture given to `predict` has the noise that it had in its data set
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", Path(i).stem))) for i in ids]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", i))) for i in ids]
     return torch.stack(noise).to(device)
 
 

@@ -15,7 +15,7 @@ def tsne(x, perplexity=30., steps=750):
     x = x - x.mean(0)
     u, s, _ = np.linalg.svd(x @ x.T)                                    # the components from the Gram matrix: D may be 6144
     y = 1e-4 * u[:, :2] * np.sqrt(s[:2] / max(s[0], 1e-300)) * len(x) ** .5
-    rate, velocity, gain = max(len(x) / 48, 50.), np.zeros_like(y), np.ones_like(y)
+    rate, velocity, gain = len(x) / 12, np.zeros_like(y), np.ones_like(y)     # N / exaggeration (Belkina et al. 2019): larger throws few points apart
     for i in range(steps):
         early = i < min(250, steps // 2)                                # exaggerated attraction first, so that clusters can move
         gradient = kl_gradient(p * 12 if early else p, y)

@@ -335,3 +335,62 @@ def test_the_command_line_counts_what_is_there(tmp_path, capsys):
     assert [line.split() for line in out.splitlines()[1:5]] == [["class", "train", "val", "test"], ["a", "6", "1", "3"],
                                                                 ["b", "6", "1", "3"], ["all", "12", "2", "6"]]
     assert main(["folder", "--root", str(tmp_path / "none")]) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+# ------------------------------------------------------------------------------------------------ as a method asks
+class Settings:
+    """What `load_for` and `read_split` read of a method's settings."""
+    data, root, size, seed, split, fit, limit, skip_bad = "folder", "", 8, 0, "official", "crop", 0, False
+
+    def __init__(self, **given):
+        vars(self).update(given)
+
+
+def test_load_for_hands_every_setting_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "load", lambda *args, **options: seen.append((args, options)))
+    given = dict(data="d", root="r", size=9, seed=3, split="group", fit="squash", limit=5, skip_bad=True)
+    data.load_for(Settings(**given))
+    data.load_for(Settings(**given | dict(root="")), dict(classes=["b", "a"], channels=1, own_data=False, multilabel=False))
+    options = dict(split="group", fit="squash", limit=5, skip_bad=True)
+    assert seen == [(("d", "r", 9, 3), options), (("d", None, 9, 3), options | dict(test_only=True, classes=["b", "a"], channels=1))]
+
+
+def test_a_model_gets_its_own_data_as_it_knows_them(tmp_path):
+    settings = Settings(root=str(make_folder(tmp_path / "set")))
+    new = data.load_for(settings)
+    facts = dict(classes=new.classes, channels=new.channels, own_data=True)
+    again = data.load_for(settings, facts)
+    assert again.classes == new.classes == ["a", "b"] and again.test.ids == new.test.ids and np.array_equal(again.train.images, new.train.images)
+    gray = data.load_for(settings, facts | dict(classes=["b", "a"], channels=1))
+    assert gray.classes == ["b", "a"] and gray.test.images.shape[1] == 1 and gray.test.ids == new.test.ids
+    assert (gray.test.labels == 1 - new.test.labels).all()
+
+
+def test_of_another_data_set_a_model_gets_the_test_split_alone(tmp_path):
+    root = make_folder(tmp_path / "set")
+    found = data.load_for(Settings(root=str(root)), dict(classes=["a", "b", "c"], channels=3, own_data=False))
+    assert found.train is None and found.val is None and len(found.test) == 20 and found.classes == ["a", "b", "c"]
+    toy = data.load_for(Settings(data="toy", size=28, limit=12), dict(classes=data.toy.CLASSES, channels=3, own_data=False))
+    assert toy.train is None and len(toy.test) == 12
+
+
+def test_a_users_files_are_a_split_without_labels(tmp_path):
+    paths = make_images(tmp_path / "x", 3)
+    (lone,) = make_images(tmp_path / "y", 1)
+    split, problems = data.read_split([tmp_path / "x", lone], Settings(), dict(channels=3, classes=["a"]))
+    assert problems == [] and split.ids == [str(p) for p in (*paths, lone)] and split.labels.tolist() == [-1] * 4 and split.groups is None
+    assert split.images.shape == (4, 3, 8, 8) and all(np.array_equal(a, images.read_image(p, 8, 3, "crop")) for a, p in zip(split.images, split.ids))
+    gray, _ = data.read_split([lone], Settings(size=10, fit="squash"), dict(channels=1))
+    assert gray.images.shape == (1, 1, 10, 10)
+    batch = next(iter(data.Batches(split, 4)))                                  # and can be evaluated
+    assert batch.x.shape == (4, 3, 8, 8) and batch.y.tolist() == [-1] * 4
+
+
+def test_a_file_of_a_user_that_cannot_be_read_is_an_error_or_a_problem(tmp_path):
+    paths = make_images(tmp_path / "x", 3)
+    paths[1].write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="001.png"):
+        data.read_split([tmp_path / "x"], Settings(), dict(channels=3))
+    split, problems = data.read_split([tmp_path / "x"], Settings(skip_bad=True), dict(channels=3))
+    assert split.ids == [str(paths[0]), str(paths[2])] and len(problems) == 1 and "001.png" in problems[0] and len(split) == len(split.images) == 2

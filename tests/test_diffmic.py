@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import diffmic
@@ -23,6 +24,7 @@ from common.mmd import mmd_rbf
 from common.schedules import linear_alpha_bar, respaced_timesteps
 from data import Batches, Split, splits, toy
 from data.batches import Batch
+from data.images import read_images
 from diffmic import Config, configure
 
 CPU, ROOT = torch.device("cpu"), Path(diffmic.__file__).resolve().parent
@@ -161,7 +163,8 @@ class Oracle:
 
 
 def draw(denoiser, f, noise, timesteps, sampler="ddpm"):
-    return diffmic.sample(denoiser, None, f, f, f, noise, AB, timesteps, sampler)
+    """y_0 (B, C), the end of the path."""
+    return diffmic.sample(denoiser, Config(sampler=sampler), (f, f, f, None), noise, timesteps)[:, -1]
 
 
 def truncated(n):
@@ -300,6 +303,52 @@ def test_ten_ddim_steps_reach_the_accuracy_of_the_long_chain(toy_accuracies):
     assert accuracy == pytest.approx(toy_accuracies["full"], abs=.06)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_path_goes_from_the_noise_around_the_prior_mean_to_the_label(sampler):
+    f, noise, y0 = priors(4)[0], torch.randn(4, 6, 5), F.one_hot(torch.arange(4), 5).float()
+    oracle, t = Oracle(y0, f), respaced_timesteps(1000, 6)
+    path = diffmic.sample(oracle, Config(sampler=sampler), (f, f, f, None), noise, t)
+    assert path.shape == (4, 7, 5) and torch.equal(path[:, 0], f + noise[:, 0]) and torch.allclose(path[:, -1], y0, atol=1e-6)
+    assert [level for level, _ in oracle.seen] == t.tolist()             # entry i is what the denoiser saw at level t[i]
+    assert all(torch.equal(path[:, i], y) for i, (_, y) in enumerate(oracle.seen))
+
+
+def test_with_an_oracle_the_path_of_ddim_is_eq_2_with_the_same_noise_at_every_level():
+    f, noise, y0 = priors(4)[0], torch.randn(4, 6, 5), F.one_hot(torch.arange(4), 5).float()
+    t = respaced_timesteps(1000, 6)
+    path = diffmic.sample(Oracle(y0, f), Config(sampler="ddim"), (f, f, f, None), noise, t).double()
+    first = AB[999]
+    eps = (path[:, 0] - first.sqrt() * y0 - (1 - first.sqrt()) * f) / (1 - first).sqrt()
+    for i, ab in enumerate(AB[t]):
+        assert torch.allclose(path[:, i], diffmic.q_sample(y0.double(), f.double(), eps, ab.sqrt(), (1 - ab).sqrt()), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prediction_keeps_the_path_of_every_draw_and_what_the_denoiser_was_given():
+    config = tiny(samples=3)
+    nets, x, noise = worn(networks(config)), images(2), torch.randn(2, 3, 4, 5)
+    out = diffmic.classify(nets, config, x, noise)
+    y_g, y_l, f, rho = out.condition
+    assert out.path.shape == (2, 3, 5, 5) and torch.equal(out.path[:, :, 0], f[:, None] + noise[:, :, 0])
+    assert torch.equal(f, (y_g + y_l) / 2) and torch.allclose(rho, nets.encoder(x), atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip((y_g, y_l), nets.guide(x).priors()))
+    assert torch.allclose(out.p, (out.path[:, :, -1].mean(1) / diffmic.TEMPERATURE).softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("samples, given", [(1, {}), (3, {}), (2, dict(prior_input="fused")), (2, dict(variant="c1"))])
+@torch.no_grad()
+def test_the_embedding_is_the_denoisers_last_hidden_layer_at_that_step_of_the_first_draw(samples, given):
+    config, hidden = tiny(samples=samples, steps=5, **given), []
+    nets = worn(networks(config))
+    nets.denoiser.out.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    out = diffmic.classify(nets, config, images(3), torch.randn(3, samples, 5, 5))
+    assert len(hidden) == 5
+    for i in range(5):
+        found, want = diffmic.embedding(nets, config, out, i), hidden[i][::samples]     # draws of an image lie side by side
+        assert found.shape == (3, 32) and torch.allclose(found, want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, hidden[i - 1][::samples], rtol=1e-2)
+
+
 def test_the_same_seed_and_image_give_the_same_prediction_and_another_seed_another():
     config = tiny()
     nets, x = worn(networks(config)), images(3)
@@ -318,7 +367,7 @@ def test_the_sampler_leaves_batch_norms_and_mode_as_they_are(mode):
     if mode:                                                             # the sampler sets no mode: its caller evaluates
         nets.denoiser.eval()
         modes = [m.training for m in nets.modules()]
-    diffmic.sample(nets.denoiser, rho, y_g, y_l, y_g, torch.randn(6, 4, 5), AB, respaced_timesteps(1000, 4))
+    diffmic.sample(nets.denoiser, config, (y_g, y_l, y_g, rho), torch.randn(6, 4, 5), respaced_timesteps(1000, 4))
     assert same(state(nets), before) and [m.training for m in nets.modules()] == modes
 
 
@@ -354,7 +403,7 @@ def test_encoder_and_guide_run_once_a_training_step(variant, branches):
     config = tiny(variant=variant)
     nets = networks(config).train()
     calls = counted(nets, ("encoder", "guide", "denoiser"))
-    diffmic.train_step(nets, config, batch(4), joint=True)
+    diffmic.train_step(nets, None, config, batch(4), joint=True)
     assert calls == {"encoder": 1, "guide": 1, "denoiser": branches}
 
 
@@ -362,7 +411,7 @@ def test_the_prediction_is_the_mean_of_the_draws_and_its_uncertainty_is_theirs(m
     config = tiny(samples=3)
     nets = worn(networks(config, classes=3))
     draws = torch.tensor([[[1., 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 0, 1.], [0, 0, 1], [0, 0, 1]]])
-    monkeypatch.setattr(diffmic, "sample", lambda *args: draws.flatten(0, 1))
+    monkeypatch.setattr(diffmic, "sample", lambda *args: draws.flatten(0, 1)[:, None])
     out = diffmic.classify(nets, config, images(2), torch.zeros(2, 3, 4, 3))
     e = torch.tensor([[math.exp(10 / 3), math.exp(5 / 3), 1], [1, 1, math.exp(5)]])      # mean draws (2/3, 1/3, 0), (0, 0, 1); over .2
     p = e / e.sum(1, keepdim=True)
@@ -377,7 +426,7 @@ def test_the_prediction_is_the_mean_of_the_draws_and_its_uncertainty_is_theirs(m
 def test_each_draw_of_an_image_uses_its_own_noise_and_its_own_priors():
     config = tiny(samples=3)
     nets, x, noise = worn(networks(config)), images(4), torch.randn(4, 3, 4, 5)
-    nets.temperature.fill_(100.)                                                # an untrained network's draws are far apart
+    nets.temperature.fill_(100 / diffmic.TEMPERATURE)                           # an untrained network's draws are far apart
     together = diffmic.classify(nets, config, x, noise).p
     for i in range(4):
         one = [diffmic.classify(nets, tiny(samples=1), x[i:i + 1], noise[i:i + 1, s:s + 1]).p for s in range(3)]
@@ -394,11 +443,63 @@ def test_the_temperature_is_fitted_on_validation_and_changes_no_label():
     after, _ = diffmic.evaluate(nets, split, config, torch.device("cpu"))
     once = float(nets.temperature)
     diffmic.calibrate(nets, split, config, torch.device("cpu"))                 # a resumed run does it again, from the start
-    assert float(nets.temperature) == once != diffmic.TEMPERATURE
+    assert float(nets.temperature) == once != 1
     assert (before["diffmic"].argmax(1) == after["diffmic"].argmax(1)).all()
     assert metrics.nll(split.labels, after["diffmic"]) < metrics.nll(split.labels, before["diffmic"])
     diffmic.calibrate(nets, split, tiny(samples=3), torch.device("cpu"))        # the paper's recipe: left alone
     assert float(nets.temperature) == once
+
+
+# ---------------------------------------------------------------------------------------------- Target
+def levels(t):
+    """sqrt(ab_t) and sqrt(1 - ab_t), (B, 1)."""
+    return AB[t].sqrt().float()[:, None], (1 - AB[t]).sqrt().float()[:, None]
+
+
+@pytest.mark.parametrize("target", ["eps", "y0"])
+def test_noise_and_label_of_an_estimate_belong_together_by_eq_2(target):
+    y, f, out, t = torch.randn(8, 5), priors(8)[0], torch.randn(8, 5), torch.tensor([0, 1, 10, 100, 300, 500, 900, 999])
+    a, s = levels(t)
+    eps_hat, y0_hat = diffmic.estimate(lambda *args: out, tiny(target=target), y, (f, f, f, None), t, a, s)
+    assert torch.allclose(diffmic.q_sample(y0_hat, f, eps_hat, a, s), y, atol=1e-4)
+    assert torch.equal(*((eps_hat, out) if target == "eps" else (y0_hat, out.softmax(1))))
+
+
+def test_both_targets_give_the_same_estimate_when_their_denoisers_know_the_same():
+    y, f, logits, t = torch.randn(6, 5), priors(6)[0], torch.randn(6, 5), torch.tensor([0, 10, 100, 300, 500, 900])
+    a, s = levels(t)
+    as_label = diffmic.estimate(lambda *args: logits, tiny(target="y0"), y, (f, f, f, None), t, a, s)
+    as_noise = diffmic.estimate(lambda *args: as_label[0], tiny(), y, (f, f, f, None), t, a, s)
+    assert all(torch.allclose(u, v, rtol=1e-4, atol=1e-4) for u, v in zip(as_label, as_noise))
+
+
+def test_logits_that_name_the_label_give_the_noise_and_the_label_exactly():
+    y0, f, eps, t = F.one_hot(torch.arange(5), 5).float(), priors(5)[0], torch.randn(5, 5), torch.tensor([1, 100, 300, 700, 999])
+    a, s = levels(t)
+    y = diffmic.q_sample(y0, f, eps, a, s)
+    eps_hat, y0_hat = diffmic.estimate(lambda *args: 1e4 * y0, tiny(target="y0"), y, (f, f, f, None), t, a, s)
+    assert torch.equal(y0_hat, y0) and torch.allclose(eps_hat, eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_with_logits_that_name_the_label_every_chain_ends_at_it(n, sampler):
+    y0, f = F.one_hot(torch.arange(8) % 5, 5).float(), priors(8)[0]
+    config = Config(sampler=sampler, target="y0")
+    path = diffmic.sample(lambda *args: 1e4 * y0, config, (f, f, f, None), torch.randn(8, n, 5), respaced_timesteps(1000, n))
+    assert torch.allclose(path[:, -1], y0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1., 2.])
+def test_with_the_label_as_target_the_probabilities_are_the_mean_draw_over_a_temperature(temperature, monkeypatch):
+    config = tiny(samples=2, target="y0")
+    nets = worn(networks(config, classes=3))
+    nets.temperature.fill_(temperature)
+    draws = torch.tensor([[[.7, .2, .1], [.5, .1, .4]], [[0., 0, 1], [0, 0, 1]]])
+    monkeypatch.setattr(diffmic, "sample", lambda *args: draws.flatten(0, 1)[:, None])
+    out = diffmic.classify(nets, config, images(2), torch.zeros(2, 2, 4, 3))
+    p = torch.tensor([[.6, .15, .25], [1e-6, 1e-6, 1]]) ** (1 / temperature)
+    assert torch.allclose(out.p, p / p.sum(1, keepdim=True), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- MMD
@@ -448,6 +549,21 @@ def test_the_loss_is_eq_6_written_out(parts):
     assert losses["mmd_g"].item() == pytest.approx(mmd_by_loops(eps, out[1]), abs=1e-3)
     assert losses["mmd_l"].item() == pytest.approx(mmd_by_loops(eps, out[2]), abs=1e-3)
     assert losses["diffusion"].item() == pytest.approx((losses["eps"] + .5 * (losses["mmd_g"] + losses["mmd_l"])).item(), rel=1e-6)
+
+
+def test_with_the_label_as_target_cross_entropy_is_in_the_place_of_eq_4(parts):
+    losses, nets, eps, y0, y_g, y_l = parts(target="y0")
+    entropy, noises = 0., []
+    for y, _, _, f, t in nets.seen:                                      # the three branches
+        a, s = levels(t)
+        noises.append(((y - a * (.5 * y).softmax(1) - (1 - a) * f) / s).detach())
+    for row, label in zip((.5 * nets.seen[0][0]).tolist(), y0.argmax(1).tolist()):
+        entropy -= (row[label] - math.log(sum(math.exp(v) for v in row))) / 6
+    assert losses["y0"].item() == pytest.approx(entropy, rel=1e-5) and losses["eps"].item() != pytest.approx(entropy, rel=.1)
+    assert losses["mmd_g"].item() == pytest.approx(mmd_by_loops(eps, noises[1]), abs=1e-3)
+    assert losses["mmd_l"].item() == pytest.approx(mmd_by_loops(eps, noises[2]), abs=1e-3)
+    assert losses["diffusion"].item() == pytest.approx((losses["y0"] + .5 * (losses["mmd_g"] + losses["mmd_l"])).item(), rel=1e-6)
+    assert torch.autograd.grad(losses["y0"], nets.gain)[0].abs() > 1e-3
 
 
 def test_the_three_branches_share_noise_and_level_and_differ_in_their_priors(parts):
@@ -500,7 +616,7 @@ def guide_of(size=32, channels=3, classes=5, **given):
 @torch.no_grad()
 def test_the_saliency_map_of_224_pixels_has_7_by_7_cells_a_class():
     out = guide_of(224, classes=7)(images(2, 224))
-    assert out.saliency.shape == (2, 7, 7, 7) and out.y_g.shape == out.y_l.shape == (2, 7)
+    assert out.saliency.shape == (2, 7, 7, 7) and out.logits_g.shape == out.logits_l.shape == (2, 7)
     assert out.boxes.shape == (2, 6, 2) and out.attention.shape == (2, 6)
 
 
@@ -509,7 +625,7 @@ def test_the_global_prior_is_the_mean_of_the_map_and_a_linear_layer_on_pooled_fe
     guide, x = guide_of(), images(3)
     out = guide(x)
     by_hand = guide.global_net.features(x).mean((2, 3)) @ guide.to_saliency.weight[:, :, 0, 0].T
-    assert torch.allclose(out.y_g, out.saliency.mean((2, 3))) and torch.allclose(out.y_g, by_hand, atol=1e-4)
+    assert torch.allclose(out.logits_g, out.saliency.mean((2, 3))) and torch.allclose(out.logits_g, by_hand, atol=1e-4)
 
 
 @torch.no_grad()
@@ -522,7 +638,7 @@ def test_the_local_prior_is_gated_attention_written_out():
         score = [(w @ (torch.tanh(V @ k) * torch.sigmoid(U @ k))).item() for k in h]
         weight = [math.exp(s) / sum(math.exp(q) for q in score) for s in score]
         assert out.attention[i].tolist() == pytest.approx(weight, abs=1e-5)
-        assert torch.allclose(out.y_l[i], W @ sum(a * k for a, k in zip(weight, h)), atol=1e-4)
+        assert torch.allclose(out.logits_l[i], W @ sum(a * k for a, k in zip(weight, h)), atol=1e-4)
 
 
 @torch.no_grad()
@@ -539,17 +655,42 @@ def test_the_local_prior_does_not_depend_on_the_order_of_the_crops(monkeypatch):
     monkeypatch.setattr(diffmic, "find_rois", lambda *args: find(*args)[:, order])
     after = guide(x)
     assert torch.equal(after.boxes, before.boxes[:, order]) and torch.allclose(after.attention, before.attention[:, order], atol=1e-6)
-    assert torch.allclose(after.y_l, before.y_l, atol=1e-5) and before.attention.std() > 0
+    assert torch.allclose(after.logits_l, before.logits_l, atol=1e-5) and before.attention.std() > 0
 
 
 def test_fusion_is_the_mean_of_the_logits_and_the_guide_learns_from_it_alone():
     g, l, y = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True), torch.arange(4)
     guide = diffmic.Guide(g, l, None, None, None)
     p = ((g + l) / 2).softmax(1)
-    assert torch.allclose(diffmic.fuse(guide), p)
+    assert torch.allclose(guide.fused(), p)
     assert diffmic.guide_loss(tiny(), guide, y).item() == pytest.approx(-p[range(4), y].log().mean().item(), rel=1e-5)
     both = -sum(z.softmax(1)[range(4), y].log().mean() for z in (g, l))
     assert diffmic.guide_loss(tiny(deep_supervision=True), guide, y).item() == pytest.approx((both - p[range(4), y].log().mean()).item(), rel=1e-5)
+
+
+def test_the_accuracy_of_the_guide_in_training_is_its_share_of_right_answers_and_is_not_differentiated():
+    config, part = tiny(variant="dcg"), batch(20)
+    nets = networks(config).eval()
+    right = [row.index(max(row)) == label for row, label in zip(nets.guide(part.x).fused().tolist(), part.y.tolist())]
+    assert 0 < sum(right) < 20
+    losses = diffmic.train_step(nets, None, config, part, joint=True)
+    assert losses["guide_accuracy"].item() == pytest.approx(sum(right) / 20) and not losses["guide_accuracy"].requires_grad
+    assert losses["loss"].item() == losses["guide"].item()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_label_smoothing_reaches_every_cross_entropy_of_the_guide(deep):
+    g, l, y, share = torch.randn(4, 5), torch.randn(4, 5), torch.arange(4), .1
+    config = tiny(deep_supervision=deep, label_smoothing=share)
+    want = 0.
+    for z in [(g + l) / 2] + [g, l] * deep:
+        for row, label in zip(z.softmax(1).tolist(), y.tolist()):
+            want -= ((1 - share) * math.log(row[label]) + share / 5 * sum(map(math.log, row))) / 4
+    assert diffmic.guide_loss(config, diffmic.Guide(g, l, None, None, None), y).item() == pytest.approx(want, rel=1e-5)
+    nets = networks(config)
+    part = batch(4)
+    assert diffmic.train_step(nets, None, config, part, joint=False)["guide"].item() == \
+        pytest.approx(diffmic.guide_loss(config, nets.guide(part.x), part.y).item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------- DCG: regions
@@ -653,6 +794,46 @@ def test_the_first_region_holds_the_most_salient_cell(image, grid):
         assert r <= y <= r + size and c <= x <= c + size
 
 
+def weighted_heat(saliency, weight):
+    """(B, h, w) by loops: every class's map scaled to 0..1, times its weight, added."""
+    heat = torch.zeros(len(saliency), *saliency.shape[2:])
+    for b, k in itertools.product(range(len(saliency)), range(saliency.shape[1])):
+        low, high = saliency[b, k].min(), saliency[b, k].max()
+        heat[b] += weight[b, k] * (saliency[b, k] - low) / (high - low)
+    return heat
+
+
+def test_the_first_weighted_region_holds_the_largest_cell_of_the_weighted_map():
+    saliency, weight = torch.randn(30, 5, 7, 7), torch.randn(30, 5).mul(2).softmax(1)
+    best = weighted_heat(saliency, weight).flatten(1).argmax(1)
+    first = diffmic.find_rois(saliency, (224, 224), 32, 6, weight)[:, 0]
+    assert torch.equal(first, torch.stack([best // 7 * 32, best % 7 * 32], 1))
+    assert not torch.equal(first, diffmic.find_rois(saliency, (224, 224), 32, 6)[:, 0])
+
+
+def test_equal_weights_change_no_region_and_a_sure_guide_looks_at_one_map_alone():
+    saliency = torch.randn(20, 5, 7, 7)
+    find = lambda maps, weight: diffmic.find_rois(maps, (224, 224), 32, 6, weight)
+    assert torch.equal(find(saliency, torch.full((20, 5), .2)), find(saliency, None))
+    assert torch.equal(find(saliency, F.one_hot(torch.full((20,), 3), 5).float()), find(saliency[:, 3:4], None))
+
+
+@pytest.mark.parametrize("roi_weight", ["uniform", "probability"])
+@torch.no_grad()
+def test_the_guide_weighs_the_maps_by_its_global_prior_where_asked(roi_weight, monkeypatch):
+    guide, x, seen, find = guide_of(roi_weight=roi_weight), images(3), [], diffmic.find_rois
+    guide.to_saliency.weight.mul_(20)                                    # an untrained guide is nearly undecided
+    monkeypatch.setattr(diffmic, "find_rois", lambda *args: seen.append(args) or find(*args))
+    out = guide(x)
+    assert torch.equal(out.boxes, find(*seen[0])) and len(seen) == 1
+    if roi_weight == "uniform":
+        assert torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6))
+    else:
+        y_g, _ = out.priors()
+        assert torch.allclose(seen[0][4], y_g) and y_g.max() - y_g.min() > .3
+        assert torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6, y_g)) and not torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6))
+
+
 def test_a_planted_bright_cell_is_cut_out_in_all_channels():
     r, c, x, saliency = 4, 2, images(3, 224), torch.randn(3, 5, 7, 7)
     saliency[:, :, r, c] = 50.
@@ -665,6 +846,35 @@ def test_a_planted_bright_cell_is_cut_out_in_all_channels():
         assert torch.equal(crops[i, k], x[i, :, row:row + 32, column:column + 32])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_regions_are_found_and_cut_without_reading_a_value(weighted):
+    """On the meta device there are no values: whatever would wait for a GPU, or ask one, fails here."""
+    saliency, x = torch.randn(2, 5, 7, 7, device="meta"), torch.randn(2, 3, 224, 224, device="meta")
+    with pytest.raises(RuntimeError):
+        saliency.max().item()                                            # so would this
+    boxes = diffmic.find_rois(saliency, (224, 224), 32, 6, torch.rand(2, 5, device="meta") if weighted else None)
+    assert boxes.shape == (2, 6, 2) and boxes.dtype == torch.int64 and boxes.is_meta
+    assert diffmic.crop(x, boxes, 32).shape == (2, 6, 3, 32, 32)
+
+
+@pytest.mark.parametrize("given", [dict(), dict(roi_weight="probability"), dict(target="y0", sampler="ddim"), dict(variant="c1")])
+@torch.no_grad()
+def test_a_whole_prediction_reads_no_value_on_the_way(given):
+    config = tiny(samples=2, **given)
+    nets = networks(config).eval().to("meta")
+    out = diffmic.classify(nets, config, images(3).to("meta"), torch.randn(3, 2, 4, 5, device="meta"))
+    assert out.p.is_meta and out.p.shape == (3, 5) and out.path.shape == (3, 2, 5, 5)
+
+
+@pytest.mark.parametrize("given", [dict(), dict(end_to_end=True, prior_dropout=.5), dict(target="y0", antithetic=False)])
+def test_a_whole_training_step_reads_no_value_on_the_way(given):
+    config = tiny(baseline=True, **given)
+    nets = networks(config).train().to("meta")
+    losses = diffmic.train_step(nets, None, config, Batch(images(4).to("meta"), torch.zeros(4, dtype=torch.long, device="meta"), np.arange(4)), True)
+    losses["loss"].backward()
+    assert losses["loss"].is_meta and all(p.grad is not None for p in nets.denoiser.out.parameters())
+
+
 def test_regions_do_not_change_when_a_class_map_is_scaled_and_shifted():
     saliency = torch.randn(20, 5, 7, 7, dtype=torch.float64)
     scale, shift = torch.rand(20, 5, 1, 1) * 9 + .1, torch.randn(20, 5, 1, 1) * 5
@@ -675,15 +885,15 @@ def test_regions_do_not_change_when_a_class_map_is_scaled_and_shifted():
 @torch.no_grad()
 def test_an_image_without_any_structure_gives_finite_priors():
     out = guide_of()(torch.zeros(2, 3, 32, 32))
-    assert all(v.isfinite().all() for v in (out.y_g, out.y_l, out.saliency, out.attention))
+    assert all(v.isfinite().all() for v in (out.logits_g, out.logits_l, out.saliency, out.attention))
     assert len({tuple(b) for b in out.boxes[0].tolist()}) == 6
 
 
 def test_the_local_prior_has_no_gradient_to_the_saliency_map():
     guide = guide_of()
     out = guide(images(2))
-    assert torch.autograd.grad(out.y_l.sum(), out.saliency, allow_unused=True, retain_graph=True) == (None,)
-    out.y_l.square().sum().backward()
+    assert torch.autograd.grad(out.logits_l.sum(), out.saliency, allow_unused=True, retain_graph=True) == (None,)
+    out.logits_l.square().sum().backward()
     assert all(p.grad is None for net in (guide.global_net, guide.to_saliency) for p in net.parameters())
     assert all(p.grad is not None and p.grad.any() for p in guide.local_net.parameters())
 
@@ -717,7 +927,7 @@ def test_each_input_changes_the_output(what):
     net = worn(networks(tiny()).denoiser)
     given = dict(y=torch.randn(4, 5), y_g=priors(4)[0], y_l=priors(4)[1], f=None, rho=torch.randn(4, 32), t=torch.arange(4))
     changed = given | {what: given[what] + 1}
-    assert not torch.allclose(net(**given), net(**changed), atol=1e-4)
+    assert not torch.allclose(net(*given.values()), net(*changed.values()), atol=1e-4)
 
 
 @torch.no_grad()
@@ -725,8 +935,9 @@ def test_each_input_changes_the_output(what):
 def test_an_embedding_computed_once_gives_the_outputs_of_one_computed_at_every_step(sampler):
     nets, x, (y_g, y_l), noise = worn(networks(tiny())), images(4), priors(4), torch.randn(4, 6, 5)
     at_every_step = lambda y, y_g, y_l, f, rho, t: nets.denoiser(y, y_g, y_l, f, nets.encoder(x), t)
-    args = y_g, y_l, (y_g + y_l) / 2, noise, AB, respaced_timesteps(1000, 6), sampler
-    once, every = diffmic.sample(nets.denoiser, nets.encoder(x), *args), diffmic.sample(at_every_step, None, *args)
+    rho, f, args = nets.encoder(x), (y_g + y_l) / 2, (noise, respaced_timesteps(1000, 6))
+    once = diffmic.sample(nets.denoiser, tiny(sampler=sampler), (y_g, y_l, f, rho), *args)
+    every = diffmic.sample(at_every_step, tiny(sampler=sampler), (y_g, y_l, f, None), *args)
     assert torch.allclose(once, every, rtol=0, atol=1e-6 * max(1, every.abs().max().item()))
 
 
@@ -745,7 +956,7 @@ def test_the_diffusion_loss_trains_the_guide_only_end_to_end(end_to_end):
     config = tiny(end_to_end=end_to_end)
     nets = networks(config).train()
     optimizer = torch.optim.Adam(nets.parameters(), 1e-3)
-    losses = diffmic.train_step(nets, config, batch(6), joint=True)
+    losses = diffmic.train_step(nets, None, config, batch(6), joint=True)
     guide = {k: p.detach().clone() for k, p in nets.guide.named_parameters()}
     losses["diffusion"].backward()
     optimizer.step()
@@ -756,10 +967,65 @@ def test_the_diffusion_loss_trains_the_guide_only_end_to_end(end_to_end):
         assert changed == []
 
 
+@pytest.fixture
+def given_priors(monkeypatch):
+    """y_g and y_l (B, C) as the diffusion loss gets them in one training step."""
+    def ask(nets, ema, config, part):
+        seen, real = [], diffmic.loss
+        monkeypatch.setattr(diffmic, "loss", lambda *args: seen.append(args[-2:]) or real(*args))
+        losses = diffmic.train_step(nets, ema, config, part, joint=True)
+        monkeypatch.setattr(diffmic, "loss", real)
+        return *seen[0], losses
+    return ask
+
+
+def test_prior_dropout_gives_the_diffusion_no_opinion_for_its_share_of_the_images(given_priors):
+    nets, part, shares = networks(tiny()).eval(), batch(60, 28), {}
+    with torch.no_grad():
+        nets.guide.to_saliency.weight.mul_(20)                           # an opinion is not 1 / C
+        y = nets.guide(part.x).priors()
+    for share in (0., .5, 1.):
+        y_g, y_l, _ = given_priors(nets, None, tiny(prior_dropout=share), part)
+        kept = torch.tensor([torch.allclose(a, b, atol=1e-5) for a, b in zip(y_g, y[0])])
+        assert (y_g[~kept] == 1 / 5).all() and (y_l[~kept] == 1 / 5).all() and torch.allclose(y_l[kept], y[1][kept], atol=1e-5)
+        shares[share] = 1 - kept.float().mean().item()
+    assert shares[0.] == 0 and shares[1.] == 1 and abs(shares[.5] - .5) < .26       # 4 standard errors
+
+
+def test_dropped_priors_carry_no_gradient_to_the_guide(given_priors):
+    config = tiny(prior_dropout=1., end_to_end=True)
+    nets = networks(config).train()
+    *_, losses = given_priors(nets, None, config, batch(6))
+    losses["diffusion"].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in nets.guide.parameters())
+
+
+@pytest.mark.parametrize("source", ["guide", "ema"])
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_priors_of_the_moving_average_come_from_it_in_evaluation_mode_and_without_gradient(source, end_to_end, given_priors):
+    config, part, calls = tiny(prior_source=source, end_to_end=end_to_end), batch(6), []
+    nets = networks(config).train()
+    ema = run.State("diffmic", config, {}, worn(networks(config)), None).ema
+    with torch.no_grad():
+        for p in ema.guide.parameters():
+            p.mul_(1.1)                                                  # weights of its own
+    for name, guide in (("guide", nets.guide), ("ema", ema.guide)):
+        guide.register_forward_hook(lambda module, *_, name=name: calls.append((name, module.training)))
+    before = state(ema)
+    y_g, y_l, losses = given_priors(nets, ema, config, part)
+    assert sorted(calls) == ([("guide", True)] if source == "guide" else [("ema", False), ("guide", True)]) and same(state(ema), before)
+    assert y_g.requires_grad == y_l.requires_grad == (end_to_end and source == "guide")
+    losses["loss"].backward()
+    assert all(p.grad is None for p in ema.parameters()) and all(p.grad is not None for p in nets.guide.parameters())
+    with torch.no_grad():
+        want = ema.guide(part.x).priors()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip((y_g, y_l), want)) == (source == "ema")
+
+
 def test_the_warm_up_trains_the_guide_and_the_control_and_leaves_the_diffusion_alone():
     config = tiny(baseline=True)
     nets = networks(config).train()
-    losses = diffmic.train_step(nets, config, batch(6), joint=False)
+    losses = diffmic.train_step(nets, None, config, batch(6), joint=False)
     losses["loss"].backward()
     assert losses["loss"].item() == pytest.approx((losses["guide"] + losses["resnet"]).item(), rel=1e-6)
     assert all(p.grad is None for net in (nets.encoder, nets.denoiser) for p in net.parameters())
@@ -791,7 +1057,8 @@ def test_the_papers_networks_have_the_sizes_computed_by_hand(classes):
 # ---------------------------------------------------------------------------------------------- Training/eval
 PAPER = dict(size=224, batch_size=32, epochs=1000, pretrain_epochs=10, lr=1e-3, guide_lr=2e-4, warmup=.04, clip=1., ema=.9999, width=64,
              guide_depth=50, hidden=6144, rois=6, mmd_weight=.5, timesteps=1000, antithetic=True, prior_mean="mean", prior_input="both",
-             variant="full", sampler="ddpm", samples=1, guide_schedule="constant", deep_supervision=False, end_to_end=False, steps=250)
+             variant="full", sampler="ddpm", samples=1, guide_schedule="constant", deep_supervision=False, end_to_end=False, steps=250,
+             roi_weight="uniform", label_smoothing=0., prior_source="guide", prior_dropout=0., target="eps")
 
 
 @pytest.mark.parametrize("field", PAPER)
@@ -848,20 +1115,20 @@ def test_gray_and_colour_at_every_size_train_and_predict(channels, size, classes
     nets = networks(config, channels, classes).train()
     optimizer = torch.optim.Adam(diffmic.parameter_groups(nets, config))
     for _ in range(2):
-        losses = diffmic.train_step(nets, config, batch(4, size, channels, classes), joint=True)
+        losses = diffmic.train_step(nets, None, config, batch(4, size, channels, classes), joint=True)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
         assert all(v.isfinite().all() for k, v in losses.items() if k != "eps_by_t")
     with torch.no_grad():
         out = diffmic.classify(nets.eval(), config, images(3, size, channels), torch.randn(3, 2, 2, classes))
-    assert out.p.shape == out.guide.shape == (3, classes) and torch.allclose(out.p.sum(1), torch.ones(3))
+    assert out.p.shape == out.guide.fused().shape == (3, classes) and torch.allclose(out.p.sum(1), torch.ones(3))
 
 
 HAS = {"full": ("guide", "encoder", "denoiser"), "c2": ("guide", "encoder", "denoiser"), "c1": ("encoder", "denoiser"),
        "basic": ("resnet",), "dcg": ("guide",)}
-LOSSES = {"full": {"guide", "eps", "mmd_g", "mmd_l", "diffusion"}, "c2": {"guide", "eps", "diffusion"}, "c1": {"eps", "diffusion"},
-          "basic": {"resnet"}, "dcg": {"guide"}}
+LOSSES = {"full": {"guide", "guide_accuracy", "eps", "y0", "mmd_g", "mmd_l", "diffusion"}, "c2": {"guide", "guide_accuracy", "eps", "y0", "diffusion"},
+          "c1": {"eps", "y0", "diffusion"}, "basic": {"resnet"}, "dcg": {"guide", "guide_accuracy"}}
 
 
 @pytest.mark.parametrize("variant", HAS)
@@ -870,7 +1137,7 @@ def test_each_ablation_of_table_2_builds_steps_and_classifies(variant):
     nets = networks(config).train()
     assert {k for k in ("resnet", "guide", "encoder", "denoiser") if getattr(nets, k) is not None} == set(HAS[variant])
     before, optimizer = state(nets), torch.optim.Adam(diffmic.parameter_groups(nets, config))
-    losses = diffmic.train_step(nets, config, batch(6), joint=True)
+    losses = diffmic.train_step(nets, None, config, batch(6), joint=True)
     losses["loss"].backward()
     optimizer.step()
     assert losses.keys() - {"eps_by_t", "loss"} == LOSSES[variant] and not same(state(nets), before)
@@ -883,7 +1150,7 @@ def test_each_ablation_of_table_2_builds_steps_and_classifies(variant):
 def test_the_two_controls_answer_with_the_guide_alone_and_with_the_plain_resnet_alone():
     x, noise = images(3), torch.randn(3, 1, 4, 5)
     nets = worn(networks(tiny(variant="dcg")))
-    assert torch.allclose(diffmic.classify(nets, tiny(variant="dcg"), x, noise).p, diffmic.fuse(nets.guide(x)))
+    assert torch.allclose(diffmic.classify(nets, tiny(variant="dcg"), x, noise).p, nets.guide(x).fused())
     nets = worn(networks(tiny(variant="basic")))
     assert torch.allclose(diffmic.classify(nets, tiny(variant="basic"), x, noise).p, nets.resnet(x).softmax(1))
 
@@ -911,7 +1178,7 @@ def fit(nets, config, part, steps):
     for i in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - i / steps)
-        losses = diffmic.train_step(nets, config, part, joint=True)
+        losses = diffmic.train_step(nets, None, config, part, joint=True)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -960,7 +1227,7 @@ class Witness(Split):
 def toy_run(tmp_path_factory):
     """One run of about half a minute, watched: {result, config, folder, log, evaluated, averaged, test}."""
     monkeypatch, log, evaluated, averaged, kept = pytest.MonkeyPatch(), [], [], [], {}
-    load, step, close, evaluate, average = (diffmic.load, diffmic.train_step, run.State.close_epoch, diffmic.evaluate, run.update_ema)
+    load, step, close, evaluate, average = (diffmic.load_for, diffmic.train_step, run.State.close_epoch, diffmic.evaluate, run.update_ema)
 
     def watched_load(*args, **kwargs):
         data = load(*args, **kwargs)
@@ -986,7 +1253,7 @@ def toy_run(tmp_path_factory):
         return average(ema, nets, decay, n)
 
     with monkeypatch.context() as m:
-        for owner, name, function in ((diffmic, "load", watched_load), (diffmic, "train_step", watched_step), (run.State, "close_epoch", watched_close),
+        for owner, name, function in ((diffmic, "load_for", watched_load), (diffmic, "train_step", watched_step), (run.State, "close_epoch", watched_close),
                                       (diffmic, "evaluate", watched_evaluate), (run, "update_ema", watched_average)):
             m.setattr(owner, name, function)
         config = configure(data="toy", device="cpu", size=28, limit=640, epochs=8, pretrain_epochs=2, batch_size=16, timesteps=50, steps=10, samples=8,
@@ -1100,7 +1367,7 @@ def test_a_last_batch_of_one_image_does_not_happen(N, batch_size):
     for part in Batches(split, batch_size, train=True):
         sizes.append(len(part.y))
         if len(sizes) < 3:
-            diffmic.train_step(nets, config, part, joint=True)["loss"].backward()           # a batch norm would refuse one row
+            diffmic.train_step(nets, None, config, part, joint=True)["loss"].backward()     # a batch norm would refuse one row
     assert sum(sizes) == N and max(sizes) - min(sizes) <= 1 and min(sizes) > 1
 
 
@@ -1123,7 +1390,7 @@ def test_on_a_cpu_no_convolution_gets_images_that_lie_channels_last(size):
     for name, module in nets.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda module, args, name=name: None if args[0].is_contiguous() else wrong.add(name))
-    diffmic.train_step(nets, config, batch(3, size), joint=True)
+    diffmic.train_step(nets, None, config, batch(3, size), joint=True)
     assert wrong == set()
 
 
@@ -1175,13 +1442,203 @@ def test_macro_f1_and_quadratic_kappa_are_those_computed_by_hand():
     assert summary["kappa_quadratic"] == pytest.approx(1 - 2 / 8)
 
 
+# ---------------------------------------------------------------------------------------------- explain
+def saved(path, **given):
+    """A checkpoint of networks that were never trained."""
+    config = tiny(**dict(size=28, width=8, guide_depth=18, timesteps=50, steps=9) | given)
+    facts = dict(classes=toy.CLASSES, channels=3, multilabel=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.save(path, dict(format=run.FORMAT, method="diffmic", config=dataclasses.asdict(config), facts=facts, ema=worn(networks(config)).state_dict()))
+    return path
+
+
+def lesions(folder, n):
+    """Pictures of a user, larger than the network takes them, without labels."""
+    folder.mkdir(parents=True)
+    made = toy.make(7, 40, dict(train=1, val=1, test=n)).test.images
+    for i, image in enumerate(made):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"mole {i}.png")
+    return sorted(folder.iterdir())
+
+
+def explain(*argv):
+    return diffmic.main(["explain", *map(str, argv)])
+
+
+def tree(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_pictures(folder, n, more=()):
+    """n panels, an overview, `more` and config.json, all of them whole and wide."""
+    names = sorted(p.name for p in folder.iterdir())
+    panels = [name for name in names if re.match(r"\d{4}-.+\.png", name)]
+    assert len(panels) == n and names == sorted([*panels, "overview.png", "config.json", *more])
+    for name in names:
+        if name.endswith(".png"):
+            with Image.open(folder / name) as picture:
+                picture.load()
+                assert picture.width > 300 or name == "overview.png" and n == 1
+    return panels
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Arguments of every picture that is drawn from now on: {"explanation": [...], "scatter": [...], "image_grid": [...]}."""
+    seen = {name: [] for name in ("explanation", "scatter", "image_grid")}
+    for name, calls in seen.items():
+        real = getattr(diffmic.plots, name)
+        monkeypatch.setattr(diffmic.plots, name, lambda *args, real=real, calls=calls, **options: calls.append(args) or real(*args, **options))
+    return seen
+
+
+def test_explain_shows_what_evaluation_predicts_for_some_of_the_test_split(toy_run, tmp_path, shown, capsys):
+    checkpoint, before = toy_run["folder"] / "best.pt", tree(toy_run["folder"])
+    assert explain("--checkpoint", checkpoint, "--limit", 6, "--output", tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert str(tmp_path / "out") in printed.out and "not for clinical use" in printed.out and "error" not in printed.err
+    config, nets, facts, _ = run.load_model(checkpoint, diffmic.METHOD, Config, diffmic.build, dict(limit=6))
+    test = diffmic.load_for(config, facts).test
+    predictions, _ = diffmic.evaluate(nets, test, config, CPU)
+    panels = assert_pictures(tmp_path / "out", 6)
+    assert panels == [f"{i:04d}-{name}.png" for i, name in enumerate(test.ids)] and len(shown["explanation"]) == 6
+    for i, (_, title, tiles, ((series, *_),), lines) in enumerate(shown["explanation"]):
+        p = predictions["diffmic"][i]
+        order = np.argsort(-p)
+        assert title == f"{toy.CLASSES[order[0]]} (true: {toy.CLASSES[test.labels[i]]})"
+        assert list(series) == [toy.CLASSES[k] for k in order] and f"{toy.CLASSES[order[0]]} {p[order[0]]:.3f}" in lines[0]
+        assert list(tiles)[0] == test.ids[i] and toy.CLASSES[order[0]] in list(tiles)[1]
+        assert np.array_equal(list(tiles.values())[0], diffmic.plots.overlay(test.images[i]))
+        steps, mean, low, high = series[toy.CLASSES[order[0]]]
+        assert len(steps) == len(mean) == 11 and (low <= mean + 1e-6).all() and (mean <= high + 1e-6).all() and len(series[toy.CLASSES[order[2]]]) == 2
+        ends = np.array([series[c][1][-1] for c in toy.CLASSES])         # the mean draw, which the probabilities are made of
+        logits = np.log(ends.clip(1e-6)) if config.target == "y0" else ends / diffmic.TEMPERATURE
+        soft = np.exp(logits / float(nets.temperature))
+        assert np.allclose(soft / soft.sum(), p, atol=1e-4)
+    assert tree(toy_run["folder"]) == before
+
+
+@pytest.mark.parametrize("given, n", [([], 8), (["--limit", 2], 2), (["--limit", 1, "--samples", 3, "--sampler", "ddim", "--steps", 1], 1)])
+def test_explain_draws_as_many_panels_as_asked(given, n, tmp_path, capsys):
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt"), *given, "--output", tmp_path / "out") == 0
+    assert_pictures(tmp_path / "out", n)
+
+
+def test_explain_takes_files_and_folders_without_labels(tmp_path, shown, capsys):
+    files, folder = lesions(tmp_path / "some", 2), lesions(tmp_path / "folder" / "inner", 3)
+    checkpoint = saved(tmp_path / "run" / "best.pt", samples=2)
+    assert explain("--checkpoint", checkpoint, *files, tmp_path / "folder", "--eval-batch-size", 2, "--output", tmp_path / "out") == 0
+    assert assert_pictures(tmp_path / "out", 5) == [f"{i:04d}-{p.stem.replace(' ', '_')}.png" for i, p in enumerate([*files, *folder])]
+    assert [list(tiles)[0] for _, _, tiles, *_ in shown["explanation"]] == [p.name for p in (*files, *folder)]
+    assert all(title in toy.CLASSES for _, title, *_ in shown["explanation"])           # no truth is known
+    ((_, images, labels),) = shown["image_grid"]
+    assert len(images) == len(labels) == 5 and not any("true" in label for label in labels)
+    assert all(p.name in label and title in label for p, label, (_, title, *_) in zip([*files, *folder], labels, shown["explanation"]))
+
+
+def test_the_same_file_is_predicted_and_explained_alike_in_any_folder(tmp_path, shown, capsys):
+    first, again = lesions(tmp_path / "a", 1)[0], lesions(tmp_path / "b" / "c", 1)[0]
+    checkpoint = saved(tmp_path / "run" / "best.pt")
+    assert diffmic.main(["predict", "--checkpoint", str(checkpoint), str(first), str(again), "--output", str(tmp_path / "p")]) == 0
+    one, two = ((tmp_path / "p" / "predictions.csv").read_text().splitlines())[1:]
+    assert one.split(",")[1:] == two.split(",")[1:] and one.split(",")[0] != two.split(",")[0]
+    assert explain("--checkpoint", checkpoint, first, again, "--output", tmp_path / "out") == 0
+    (_, title, _, _, lines), (_, title2, _, _, lines2) = shown["explanation"]
+    assert (title, lines) == (title2, lines2) and f"{title} {float(one.split(',')[4 + toy.CLASSES.index(title)]):.3f}" in lines[0]
+
+
+def test_explained_regions_are_the_guides(tmp_path, shown):
+    """Drawn at the rows and columns that the guide cut out, with the attention it gave them."""
+    (file,), marks = lesions(tmp_path / "some", 1), []
+    checkpoint, real = saved(tmp_path / "run" / "best.pt", size=32, rois=3), diffmic.plots.overlay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffmic.plots, "overlay", lambda *args, **options: marks.append(args) or real(*args, **options))
+        assert explain("--checkpoint", checkpoint, file, "--output", tmp_path / "out") == 0
+    config, nets, facts, _ = run.load_model(checkpoint, diffmic.METHOD, Config, diffmic.build, {})
+    image = diffmic.read_split([file], config, facts)[0].images
+    with torch.no_grad():
+        guide = nets.guide(torch.from_numpy(image) / 127.5 - 1)
+    (drawn,) = [args for args in marks if len(args) == 4]
+    corners = guide.boxes[0].tolist()
+    assert drawn[2].tolist() == [[c, r, c + 5, r + 5] for r, c in corners] and any(r != c for r, c in corners)
+    assert drawn[3] == [f"{a:.2f}" for a in guide.attention[0].tolist()]
+    best = toy.CLASSES.index(shown["explanation"][0][1])
+    assert np.allclose([args for args in marks if len(args) == 2][0][1], guide.saliency[0, best], atol=1e-4)
+
+
+def test_the_t_sne_of_given_pictures_has_seven_steps_from_noise_to_label(tmp_path, shown):
+    lesions(tmp_path / "some", 12)
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt"), tmp_path / "some", "--tsne", "--output", tmp_path / "out") == 0
+    assert_pictures(tmp_path / "out", 12, ["tsne.png"])
+    ((_, panels, labels, classes, _, note),) = shown["scatter"]
+    t = [int(name.removeprefix("t = ")) for name in panels]
+    assert len(t) == 7 and t == sorted(t, reverse=True) and (t[0], t[-1]) == (50, 1)      # the paper's t = 1..T
+    assert all(np.shape(y) == (12, 2) and np.isfinite(y).all() for y in panels.values()) and classes == toy.CLASSES
+    assert "predicted" in note and [toy.CLASSES[k] for k in labels] == [title for _, title, *_ in shown["explanation"]]
+
+
+def test_the_t_sne_of_a_test_split_is_of_the_denoised_embeddings_and_coloured_by_truth(tmp_path, shown, monkeypatch):
+    rows = []
+    monkeypatch.setattr(diffmic, "plane", lambda x: rows.append(x) or x[:, :2])         # 300 rows in earnest take a while
+    checkpoint = saved(tmp_path / "run" / "best.pt", steps=3)
+    assert explain("--checkpoint", checkpoint, "--tsne", "--limit", 12, "--eval-batch-size", 64, "--output", tmp_path / "out") == 0
+    assert_pictures(tmp_path / "out", 12, ["tsne.png"])
+    ((_, panels, labels, _, _, note),) = shown["scatter"]
+    config, nets, facts, _ = run.load_model(checkpoint, diffmic.METHOD, Config, diffmic.build, dict(limit=len(labels)))
+    test = diffmic.load_for(config, facts).test
+    assert len(rows) == 3 and list(panels) == [f"t = {int(t) + 1}" for t in respaced_timesteps(50, 3)]
+    assert all(x.shape == (len(labels), 32) for x in rows) and len(labels) >= 12 and labels.tolist() == test.labels.tolist() and "true" in note
+    x = torch.from_numpy(test.images) / 127.5 - 1
+    with torch.no_grad():
+        out = diffmic.classify(nets, config, x, run.image_noise(config.seed, test.ids, (1, 3, 5), CPU))
+        assert all(np.allclose(diffmic.embedding(nets, config, out, i), rows[i], rtol=1e-3, atol=1e-4) for i in range(3))
+
+
+def test_explain_writes_beside_the_checkpoint_and_nowhere_else(tmp_path, monkeypatch):
+    checkpoint, (file,) = saved(tmp_path / "run" / "best.pt"), lesions(tmp_path / "some", 1)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = tree(tmp_path)
+    for name in ("explain", "explain-2"):
+        assert explain("--checkpoint", checkpoint, file) == 0
+        assert_pictures(tmp_path / "run" / name, 1)
+        after = tree(tmp_path)
+        assert {p for p in after if p not in before and p.parent != tmp_path / "run" / name} == set()
+        assert all(after[p] == at for p, at in before.items())
+        before = after
+
+
+@pytest.mark.parametrize("variant", ["dcg", "c1", "basic"])
+def test_what_has_no_guide_or_no_diffusion_is_not_explained(variant, tmp_path, capsys):
+    checkpoint = saved(tmp_path / "run" / "best.pt", variant=variant)
+    assert explain("--checkpoint", checkpoint, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and str(checkpoint) in error and f"--variant {variant}" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_t_sne_of_fewer_than_four_pictures_is_refused(n, tmp_path, capsys):
+    files = lesions(tmp_path / "some", n)
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt"), *files, "--tsne", "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: --tsne") and "\n" not in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, words", [(["--limit", "many"], "--limit"), (["--limit", "0"], "--limit 0"), (["--steps", "51"], "--steps"), (["nowhere.png"], "nowhere.png"), (["--tsn"], "--tsne")])
+def test_a_mistake_in_an_explain_command_is_one_line(argv, words, tmp_path, capsys):
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt"), *argv, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and words in error and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------- the paper's size
 @pytest.mark.slow
 def test_two_real_images_go_through_one_step_and_one_prediction_at_full_size(capsys):
     root = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000"
     files = sorted(root.glob("HAM10000_images_part_1/*.jpg"))[:2]
     if len(files) == 2:
-        x, _, _ = diffmic.read_images([str(f) for f in files], 224, 3, "crop", False)
+        x, _, _ = read_images([str(f) for f in files], 224, 3, "crop", False)
     else:
         x = toy.make(0, 224, dict(train=2, val=1, test=1)).train.images
     torch.set_num_threads(2)
@@ -1191,7 +1648,7 @@ def test_two_real_images_go_through_one_step_and_one_prediction_at_full_size(cap
     optimizer = torch.optim.Adam(diffmic.parameter_groups(nets, config))
     part = Batch(torch.from_numpy(np.ascontiguousarray(x)) / 127.5 - 1, torch.tensor([1, 4]), np.arange(2))
     assert part.x.shape == (2, 3, 224, 224)
-    losses = diffmic.train_step(nets, config, part, joint=True)
+    losses = diffmic.train_step(nets, None, config, part, joint=True)
     losses["loss"].backward()
     optimizer.step()
     stepped = time.perf_counter()

@@ -93,7 +93,8 @@ def launch(argv, folder, prepare=None, stdout=None):
         toy.make = lambda seed, size, n: copy.copy(drawn(seed, size, tuple(n.items())))
         diffmic.ResNet = Shallow
         run.score.__defaults__ = None, 5
-        run.draw = lambda *a, **k: None
+        for name in ("curves", "confusion", "reliability", "coverage"):
+            setattr(run.plots, name, lambda *a, **k: None)
         diffmic.measure = lambda *a, **k: {}
         if prepare:
             prepare()
@@ -418,15 +419,15 @@ def test_a_damaged_checkpoint_stops_resume_and_stays_as_it_is(reference, fork, t
 
 # ----------------------------------------------------------------------------- numbers that are not finite
 
-def poison_batch(nets, config, batch, joint):
+def poison_batch(nets, ema, config, batch, joint):
     batch.x[3] = math.nan
 
 
-def poison_weight(nets, config, batch, joint):
+def poison_weight(nets, ema, config, batch, joint):
     next(nets.encoder.parameters()).data[0] = math.inf
 
 
-def poison_gradient(nets, config, batch, joint):
+def poison_gradient(nets, ema, config, batch, joint):
     next(nets.guide.parameters()).register_hook(lambda g: g * math.nan)
 
 

@@ -463,3 +463,29 @@ def test_sharpness_finds_the_temperature_that_was_applied():
     grid = np.exp(np.linspace(np.log(.05), np.log(20), 2000))
     scores = [M.nll(y, blunt ** b / (blunt ** b).sum(1, keepdims=True)) for b in grid]
     assert M.sharpness(y, blunt) == pytest.approx(grid[np.argmin(scores)], rel=.005)
+
+
+# ----------------------------------------------------------------------------------------------- boxes
+@pytest.mark.parametrize("box", [(0, 0, 3, 2), (1, 2, 4, 5), (0, 0, 7, 5), (2, 1, 2, 4), (3, 3, 1, 5), (-2, -3, 2, 2), (5, 3, 99, 99), (8, 0, 9, 2),
+                                 (1.5, .2, 3.5, 2)])
+def test_a_box_mask_equals_a_double_loop(box):
+    x0, y0, x1, y1 = box                                          # empty where an end is not behind its start; cut off at the border
+    want = [[x0 <= x < x1 and y0 <= y < y1 for x in range(7)] for y in range(5)]
+    found = M.box_mask(box, (5, 7))
+    assert found.dtype == bool and found.shape == (5, 7) and found.tolist() == want
+
+
+def test_an_empty_box_covers_nothing_and_one_over_the_border_what_is_inside():
+    assert not M.box_mask((3, 1, 3, 4), (6, 6)).any() and not M.box_mask((9, 9, 12, 12), (6, 6)).any()
+    assert M.box_mask((4, 5, 9, 9), (6, 6)).sum() == 2 and M.box_mask((-9, -9, 99, 99), (6, 6)).all()
+
+
+def test_box_masks_of_many_boxes_stand_in_the_order_of_the_boxes():
+    boxes = np.random.default_rng(0).integers(0, 9, (2, 3, 4))
+    found = M.box_mask(boxes, (8, 9))
+    assert found.shape == (2, 3, 8, 9)
+    for i, j in itertools.product(range(2), range(3)):
+        assert np.array_equal(found[i, j], M.box_mask(boxes[i, j].tolist(), (8, 9)))
+    widths, heights = ((boxes[..., k + 2] - boxes[..., k]).clip(0) for k in (0, 1))
+    inside = np.minimum(boxes[..., 3], 8) - np.minimum(boxes[..., 1], 8)
+    assert np.array_equal(found.sum((2, 3)), widths * inside.clip(0)) and heights.any()

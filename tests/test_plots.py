@@ -21,6 +21,26 @@ def history(n):
             for i in range(1, n + 1)]
 
 
+def tiles(n, side=256):
+    """As an explanation has them: {caption: picture}."""
+    captions = "ISIC_0024306.jpg", f"saliency of {LONG[0]}", "regions, with their attention"
+    return {captions[i % 3] + " " * (i // 3): plots.overlay(IMAGES[i], side=side) for i in range(n)}
+
+
+def path_of(classes, S, steps=20):
+    """Entries of y_t over a path, two of them with a band of S draws."""
+    y = np.random.default_rng(0).normal(size=(S, steps + 1, len(classes))).cumsum(1)
+    return {c: (np.arange(steps + 1), y[:, :, k].mean(0), *(np.quantile(y[:, :, k], (.1, .9), 0) if k < 2 else ())) for k, c in enumerate(classes)}
+
+
+def cloud(n, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, 2))
+
+
+SERIES = "y_t: mean of 20 draws, band from 10 to 90 % of them", "reverse steps done: from t = T to 0", "entry of y_t"
+PROBABILITY = "probability: " + ", ".join(f"{c} {i / 21:.3f}" for i, c in enumerate(LONG[:5]))
+
+
 def coloured(path, color):
     """How many pixels of the picture have exactly this colour."""
     rgb = tuple(int(color[i:i + 2], 16) for i in (1, 3, 5))
@@ -66,6 +86,20 @@ PICTURES = {
     "a line of tensors": lambda p: plots.line_chart(p, {"a": (torch.arange(4), torch.ones(4), torch.zeros(4), torch.ones(4))}, "t"),
     "grid of tensors": lambda p: plots.image_grid(p, torch.from_numpy(IMAGES), torch.arange(11)),
     "confusion of a tensor": lambda p: plots.confusion(p, torch.eye(3), ["a", "b", "c"]),
+    "explanation": lambda p: plots.explanation(p, f"{LONG[0]} (true: {LONG[4]})", tiles(3), [(path_of(LONG[:5], 20), *SERIES)], [PROBABILITY]),
+    "explanation of one tile": lambda p: plots.explanation(p, "nv", tiles(1), [(path_of(["a", "b"], 1), *SERIES)], [PROBABILITY]),
+    "explanation of one draw": lambda p: plots.explanation(p, "nv", tiles(3), [(path_of(LONG[:5], 1, 1), *SERIES)], [PROBABILITY]),
+    "explanation of four tiles and two charts": lambda p: plots.explanation(
+        p, "w" * 500, tiles(4), [(path_of(LONG[:2], 3), *SERIES), (path_of(["a"], 2), *SERIES)], ["words " * 60, "x" * 300]),
+    "explanation without charts": lambda p: plots.explanation(p, "", {"x" * 300: plots.overlay(IMAGES[0]), "words " * 30: IMAGES[1].repeat(8, 1).repeat(8, 2)}, []),
+    "explanation of nan": lambda p: plots.explanation(p, "t", tiles(3), [({"a": ([0, 1], [NAN, NAN], [NAN, NAN], [NAN, NAN])}, *SERIES)]),
+    "scatter": lambda p: plots.scatter(p, {f"t = {t}": cloud(60, t) for t in range(7)}, np.arange(60) % 5, LONG[:5], "t-SNE", "colour: true class"),
+    "scatter of 12 classes with long names": lambda p: plots.scatter(
+        p, {"x" * 200: cloud(240), "y" * 200: cloud(240, 1)}, np.arange(240) % 12, [f"{c} {i}" for i, c in enumerate(LONG * 2)][:12], "w" * 500, "n" * 500),
+    "scatter of 12 classes behind three": lambda p: plots.scatter(p, {f"t = {t}": cloud(24) for t in (1, 2, 3)}, np.arange(24) % 12, LONG * 2, "t", "n"),
+    "scatter of four and no more": lambda p: plots.scatter(p, {f"t = {t}": cloud(24) for t in range(4)}, np.arange(24) % 2, LONG, "t", "n"),
+    "scatter of constant points": lambda p: plots.scatter(p, {"a": np.full((6, 2), 3.), "b": np.stack([np.arange(6), np.zeros(6)], 1)}, [0] * 6, ["only"]),
+    "scatter of one point": lambda p: plots.scatter(p, {"a": [[1e9, -1e-9]]}, [1], ["a", "b"]),
     "panel of nan": lambda p: plots.panel(p, IMAGES[0], "t", {"a": NAN, "b": 1.0}, intervals={"b": (NAN, 1)}),
 }
 
@@ -215,3 +249,126 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     with pytest.raises(OSError):
         plots.line_chart(path, {"b": ([0, 1], [1, 0])})
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+# ---------------------------------------------------------------- overlays, explanations, scatters
+GREYS = np.broadcast_to(np.linspace(60, 120, 32).astype(np.uint8)[:, None], (3, 32, 32))            # no white, no black, no red
+
+
+def colours(picture, color):
+    """bool (h, w): where a picture (3, h, w) has exactly this colour."""
+    return (picture == np.array([int(color[i:i + 2], 16) for i in (1, 3, 5)])[:, None, None]).all(0)
+
+
+@pytest.mark.parametrize("shape, side, expected", [((3, 32, 32), 256, (3, 256, 256)), ((1, 28, 28), 256, (3, 256, 256)), ((3, 300, 300), 256, (3, 256, 256)),
+                                                   ((3, 40, 80), 160, (3, 80, 160)), ((3, 80, 40), 160, (3, 160, 80)), ((3, 40, 500), 160, (3, 13, 160))])
+def test_an_overlay_is_the_image_with_its_longer_side_as_asked(shape, side, expected):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for found in plots.overlay(image, side=side), plots.overlay(image, np.eye(7), [(0, 0, 20, 20)], ["a"], side):
+        assert found.shape == expected and found.dtype == np.uint8
+
+
+def test_without_map_and_boxes_an_overlay_shows_every_pixel_enlarged():
+    assert np.array_equal(plots.overlay(IMAGES[0]), IMAGES[0].repeat(8, 1).repeat(8, 2))
+    assert np.array_equal(plots.overlay(torch.from_numpy(IMAGES[0])), plots.overlay(IMAGES[0]))
+
+
+@pytest.mark.parametrize("heat", [np.zeros((7, 7)), np.full((4, 4), -3.5), np.full((1, 1), 9.), torch.ones(7, 7)], ids=["zero", "negative", "one cell", "tensor"])
+def test_a_constant_map_leaves_the_image_as_it_is(heat):
+    with np.errstate(all="raise"):
+        assert np.array_equal(plots.overlay(IMAGES[0], heat), plots.overlay(IMAGES[0]))
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (2, 5), (6, 3)])
+@pytest.mark.parametrize("scale, shift", [(1, 0), (1e-4, 50), (300, -7)])
+def test_the_most_salient_cell_is_the_reddest_and_the_least_salient_is_clear(row, column, scale, shift):
+    heat = np.zeros((7, 7))
+    heat[row, column] = 1
+    plain, found = plots.overlay(GREYS).astype(int), plots.overlay(GREYS, scale * heat + shift).astype(int)
+    change = np.abs(found - plain).sum(0)
+    y, x = np.unravel_index(change.argmax(), change.shape)
+    assert (y * 7 // 256, x * 7 // 256) == (row, column) and found[0, y, x] > plain[0, y, x] + 60 > found[2, y, x]
+    assert change[(row + 4) % 7 * 256 // 7 + 18, (column + 4) % 7 * 256 // 7 + 18] == 0
+    assert found.min() >= 0 and (found[0] >= plain[0]).all()             # more red, nowhere less
+
+
+@pytest.mark.parametrize("box", [(0, 0, 5, 5), (27, 27, 32, 32), (4, 10, 9, 15), (0, 0, 32, 32), (7, 3, 8, 4)])
+def test_a_box_is_outlined_in_white_along_its_own_first_and_last_pixels(box):
+    found, (x0, y0, x1, y1) = plots.overlay(GREYS, None, [box]), (8 * v for v in box)
+    white = colours(found, "#FFFFFF")
+    rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (y0, y1 - 1, x0, x1 - 1)
+    assert white[y0, x0:x1].all() and white[y1 - 1, x0:x1].all() and white[y0:y1, x0].all() and white[y0:y1, x1 - 1].all()
+    assert white.sum() == 2 * (x1 - x0) + 2 * (y1 - y0) - 4 and (found[:, ~white & ~colours(found, "#000000")] ==
+                                                                  plots.overlay(GREYS)[:, ~white & ~colours(found, "#000000")]).all()
+
+
+@pytest.mark.parametrize("box", [(1000, 1000, 1004, 1004), (0, 0, 1, 1), (5, 5, 5, 5)])
+def test_a_box_smaller_than_a_pixel_of_the_picture_is_drawn_all_the_same(box):
+    """As in the overview of images of 2048 pixels with regions of 4."""
+    image = np.full((3, 2048, 2048), 100, np.uint8)
+    assert 0 < colours(plots.overlay(image, None, [box], (), 160), "#FFFFFF").sum() <= 4
+
+
+def test_a_box_has_its_mark_inside_and_boxes_without_marks_have_none():
+    box = [(4, 10, 20, 26)]
+    plain, marked = plots.overlay(GREYS, None, box), plots.overlay(GREYS, None, box, ["0.25"])
+    y, x = np.nonzero((plain != marked).any(0))
+    assert len(y) > 50 and 32 <= x.min() and x.max() < 160 and 80 <= y.min() and y.max() < 208
+    two = plots.overlay(GREYS, None, box + [(22, 2, 30, 9)], ["0.25"])
+    y, x = np.nonzero((two != plots.overlay(GREYS, None, box + [(22, 2, 30, 9)])).any(0))
+    assert len(y) > 50 and x.max() < 160                                 # the second has no mark
+
+
+def test_an_overlay_leaves_its_image_and_map_as_they_were():
+    image, heat = IMAGES[0].copy(), np.random.default_rng(0).normal(size=(7, 7))
+    before = heat.copy()
+    plots.overlay(image, heat, [(0, 0, 5, 5)], ["a"])
+    assert np.array_equal(image, IMAGES[0]) and np.array_equal(heat, before)
+
+
+def test_an_explanation_shows_its_tiles_pixel_for_pixel_side_by_side(tmp_path):
+    three = tiles(3)
+    shown = np.asarray(Image.open(plots.explanation(tmp_path / "a.png", "t", three, [], ["line"]))).transpose(2, 0, 1)
+    for i, tile in enumerate(three.values()):
+        assert np.array_equal(shown[:, 48:304, 16 + 268 * i:272 + 268 * i], tile)
+
+
+def test_an_explanation_says_that_it_is_not_for_clinical_use(tmp_path, monkeypatch):
+    said, text = [], plots.Canvas.text
+    monkeypatch.setattr(plots.Canvas, "text", lambda self, x, y, words, *args, **options: said.append(words) or text(self, x, y, words, *args, **options))
+    plots.explanation(tmp_path / "a.png", "nv", tiles(1), [(path_of(["a"], 1), *SERIES)], [PROBABILITY])
+    assert "not for clinical use" in said and "nv" in said and SERIES[1] in said
+
+
+def frames(path, n):
+    """The inner pixels (218, 218, 3) of a scatter's frames."""
+    image = np.asarray(Image.open(path))
+    return [image[81 + i // 4 * 254:299 + i // 4 * 254, 17 + i % 4 * 232:235 + i % 4 * 232] for i in range(n)]
+
+
+def test_a_scatter_has_a_point_of_its_classs_colour_at_its_place(tmp_path):
+    points = np.array([[0, 0], [10, 0], [0, 10], [10, 10.]])             # y grows downwards
+    (frame,) = frames(plots.scatter(tmp_path / "a.png", {"t": points}, [0, 1, 2, 0], ["a", "b", "c"]), 1)
+    picture = frame.transpose(2, 0, 1)
+    for color, places in ((plots.BLUE, {(0, 0), (1, 1)}), (plots.VERMILION, {(0, 1)}), (plots.GREEN, {(1, 0)})):
+        y, x = np.nonzero(colours(picture, color))
+        assert {(int(a > 109), int(b > 109)) for a, b in zip(y, x)} == places
+
+
+def test_a_scatter_keeps_the_aspect_of_the_points_and_stays_in_its_frame(tmp_path):
+    points = np.array([[0, 0], [100, 0], [50, 10.]])
+    for frame in frames(plots.scatter(tmp_path / "a.png", {"a": points, "b": points * 1e-6 + 4}, [0, 0, 0], ["a"]), 2):
+        y, x = np.nonzero((frame != 255).any(2))
+        assert x.min() > 4 and x.max() < 213 and x.max() - x.min() > 195 and y.max() - y.min() < 40
+        assert abs((y.max() + y.min()) / 2 - 109) < 12                   # in the middle
+
+
+def test_classes_after_the_seventh_have_another_shape_and_absent_ones_no_entry(tmp_path, monkeypatch):
+    said, text = [], plots.Canvas.text
+    monkeypatch.setattr(plots.Canvas, "text", lambda self, x, y, words, *args, **options: said.append(words) or text(self, x, y, words, *args, **options))
+    point = np.zeros((1, 2))
+    (round_,), (square,) = (frames(plots.scatter(tmp_path / "a.png", {"t": point}, [k], LONG * 2), 1) for k in (0, 7))
+    assert all(colours(f.transpose(2, 0, 1), plots.BLUE).any() for f in (round_, square))
+    assert (255 - round_).sum() / (255 - square).sum() == pytest.approx(np.pi / 4, abs=.06)
+    assert f"{LONG[0]} (1)" in said and not any(LONG[1] in str(words) for words in said)

@@ -189,7 +189,7 @@ def test_help_shows_every_option_with_its_default_in_its_group():
         assert places[begin] < place.start() < (places + [len(text)])[begin + 1], f"--{field.name} is in another group"
         assert " ".join(comments[field.name][1].split()) + f"; default {default}" in plain.replace("- ", "-") or \
             " ".join(comments[field.name][1].split()) + f"; default {default}" in plain, f"--{field.name}"
-    for command in ("eval", "predict"):
+    for command in ("eval", "predict", "explain"):
         code, text, _ = main(command, "--help")
         assert code == 0 and "--checkpoint" in text and "--samples" in text and "--epochs" not in text
 
@@ -414,7 +414,7 @@ def test_a_file_that_is_no_checkpoint_of_this_method_is_refused_by_name(tmp_path
     checkpoint(tmp_path / "other.pt", "symmflow")
     run.save(tmp_path / "newer.pt", dict(run.load_weights(checkpoint(tmp_path / "now.pt")), format=run.FORMAT + 1))
     for name, reason in cases.items():
-        for argv in (["eval", "--checkpoint", tmp_path / name], ["predict", "--checkpoint", tmp_path / name, "x.png"]):
+        for argv in (["eval", "--checkpoint", tmp_path / name], ["predict", "--checkpoint", tmp_path / name, "x.png"], ["explain", "--checkpoint", tmp_path / name]):
             assert re.search(reason, line := refusal(*argv)) and name in line, line
     assert "best.pt" in refusal("eval", "--checkpoint", tmp_path), "a folder: the remedy names the file in it"
 
@@ -445,8 +445,14 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch():
     assert torch.equal(run.image_noise(3, ids[::-1], (2, 4), "cpu").flip(0), whole)
     assert torch.equal(torch.cat([run.image_noise(3, [i], (2, 4), "cpu") for i in ids]), whole)
     assert not torch.equal(run.image_noise(4, ids, (2, 4), "cpu"), whole) and len(whole.flatten().unique()) == 48
-    many = run.image_noise(0, range(2000), (5,), "cpu")
+    many = run.image_noise(0, map(str, range(2000)), (5,), "cpu")
     assert abs(many.mean()) < .04 and abs(many.std() - 1) < .03
+
+
+def test_pictures_of_the_same_name_in_two_folders_have_noise_of_their_own():
+    noise = run.image_noise(0, ["benign/1.png", "malignant/1.png", "patient.1", "patient.2"], (3, 4), "cpu")
+    assert len(noise.flatten().unique()) == 48
+    assert torch.equal(noise[0], torch.randn(3, 4, generator=torch.Generator().manual_seed(run.seed_of(0, "noise", "benign/1.png"))))
 
 
 def test_the_moving_average_is_the_formulas():
@@ -482,6 +488,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f.pt"]
     run.write(path, "né 文\udcff")                                       # any file's name can stand in a table
     assert path.read_bytes() == "né 文".encode() + b"\xff" and os.listdir(tmp_path) == ["f.pt"]
+
+
+def test_a_table_of_predictions_has_no_truth_for_images_without_a_label(tmp_path):
+    split = Split(np.zeros((3, 1, 8, 8), np.uint8), np.array([1, -1, 0]), ["a", "b,c", "d"])
+    p = np.array([[.25, .75], [.875, .125], [.5, .5]])
+    run.write_predictions(tmp_path / "p.csv", split, p, np.array([.1, .2, 1 / 3]), ["x", "y"])
+    assert (tmp_path / "p.csv").read_text().splitlines() == ["id,true,predicted,uncertainty,p:x,p:y", "a,y,y,0.100000,0.250000,0.750000",
+                                                             '"b,c",,x,0.200000,0.875000,0.125000', "d,x,x,0.333333,0.500000,0.500000"]
 
 
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
@@ -660,7 +674,7 @@ def test_two_processes_train_on_every_image_once_and_one_of_them_writes(tmp_path
     def work(rank):
         seen, wrote = [], []
         real_step, real_write = diffmic.train_step, run.write
-        diffmic.train_step = lambda nets, config, batch, joint: (seen.append(batch.index.tolist()), real_step(nets, config, batch, joint))[1]
+        diffmic.train_step = lambda nets, ema, config, batch, joint: (seen.append(batch.index.tolist()), real_step(nets, ema, config, batch, joint))[1]
         run.write = lambda path, content: (wrote.append(Path(path).name), real_write(path, content))
         real_save = run.State.save
         if rank == 0:                                                   # slow: if the other may read best.pt too early, it does

@@ -1,0 +1,88 @@
+"""tests/bench.py at --quick size: every row runs both sides and says what it found. Nothing here looks at the clock."""
+import json
+
+import pytest
+import torch
+
+from tests import bench
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """No test touches the records."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("row", bench.ROWS)
+def test_a_row_runs_both_sides_and_prints_their_ratio(row, results, capsys):
+    record = bench.main(["--quick", "--only", row])
+    assert list(record["rows"]) == [row]
+    times = record["rows"][row]
+    assert set(times) == {"ours", "theirs"} and all(0 < t < 600 for t in times.values())
+    line = capsys.readouterr().out
+    assert row in line and f"ratio {times['theirs'] / times['ours']:6.2f}" in line
+    assert not list(results.iterdir()), "only --write writes"
+
+
+def test_the_full_size_is_measured_as_rates_and_shares_of_the_peak(monkeypatch):
+    monkeypatch.setattr(bench, "peak", lambda s: 5e12)                  # a dozen products of large matrices
+    found = bench.full_size(bench.Setting("cpu", True), seconds=.1)
+    assert {"train images/s", "train TFLOP/s", "peak TFLOP/s", "share of peak", "prediction ms an image"} <= set(found)
+    assert all(value > 0 for value in found.values()) and found["peak TFLOP/s"] == 5
+    assert found["share of peak"] == pytest.approx(found["train TFLOP/s"] / 5)
+
+
+def test_quick_is_small_and_otherwise_the_networks_are_the_papers():
+    quick = bench.Setting("cpu", True)
+    assert quick.x.shape == (8, 3, 64, 64) and sum(p.numel() for p in quick.nets.parameters()) < 3e6 and quick.nets.resnet is None
+    with pytest.MonkeyPatch.context() as patch:                         # without making 200 MB of weights
+        seen = []
+        patch.setattr(bench.diffmic, "build", lambda config, facts: seen.append((config, facts)) or torch.nn.Identity())
+        full = bench.Setting("cpu", False)
+    ((config, facts),) = seen
+    assert full.x.shape == (32, 3, 224, 224) and (config.width, config.guide_depth, config.hidden, config.steps) == (64, 50, 6144, 250)
+    assert len(facts["classes"]) == 7 and config.recipe == "paper"
+
+
+def test_the_table_has_a_line_for_each_row_of_a_record_with_its_ratio_and_aim():
+    record = {"machine": "a machine", "dtype": "float32", "rows": {"prediction": {"ours": .25, "theirs": 5.}, "regions": {"ours": .002, "theirs": .02}}}
+    head, rule, prediction, regions = bench.table(record).splitlines()
+    assert "a machine, float32" in head and "ours" in head and set(rule) == {"|", "-"} and head.count("|") == rule.count("|") == 6
+    cells = [c.strip() for c in prediction.split("|")]
+    assert cells[1:5] == [bench.ROWS["prediction"][1], "0.25 s", "5 s", "20.0"] and float(cells[5]) == bench.ROWS["prediction"][2]
+    assert regions.split("|")[1].strip() == bench.ROWS["regions"][1] and regions.split("|")[4].strip() == "10.0"
+
+
+def test_a_record_that_is_written_can_be_shown_and_keeps_its_other_rows(results, capsys):
+    (results / "bench-cpu.json").write_text(json.dumps({"machine": "old", "dtype": "float32", "rows": {"prediction": {"ours": 1., "theirs": 2.},
+                                                                                                      "regions": {"ours": 7e9, "theirs": 9.}}}))
+    with pytest.MonkeyPatch.context() as patch:                         # the row itself is tested above
+        patch.setitem(bench.ROWS, "regions", (lambda s: (.5, 1.5), "regions", None))
+        patch.setattr(bench, "Setting", lambda device, quick: type("Nothing", (), dict(device=torch.device(device), quick=quick))())
+        bench.main(["--only", "regions", "--write"])
+        record = json.loads((results / "bench-cpu.json").read_text())
+        assert record["rows"] == {"prediction": {"ours": 1., "theirs": 2.}, "regions": {"ours": .5, "theirs": 1.5}}
+        assert record["dtype"] == "float32" and "threads" in record["machine"] and record["torch"] == torch.__version__ and "--write" in record["command"]
+        capsys.readouterr()
+        bench.main(["--table"])
+        assert capsys.readouterr().out.strip() == bench.table(record)
+
+
+def test_a_trial_at_small_sizes_is_not_written(results):
+    with pytest.raises(SystemExit):
+        bench.main(["--quick", "--write"])
+    assert not (results / "bench-cpu.json").exists()
+
+
+def test_a_row_that_does_not_exist_is_refused():
+    with pytest.raises(SystemExit):
+        bench.main(["--quick", "--only", "nothing"])
