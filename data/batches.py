@@ -66,17 +66,18 @@ class Batches:
         with ThreadPoolExecutor(1) as reader:                                   # reads one batch ahead
             waiting = reader.submit(self._fetch, self.indices[self.start])
             for number in range(self.start, self.count):
-                x = waiting.result().float() / 127.5 - 1
+                x = waiting.result().float()
                 if number + 1 < self.count:
                     waiting = reader.submit(self._fetch, self.indices[number + 1])
                 if self.augment:
                     x = augment(x, self.augment, np.random.default_rng([self.seed, 2, self.epoch, number, self.rank]))
                 index = self.indices[number]
+                torch.add(x.new_full((), -1.), x, alpha=1 / 127.5, out=x)        # to [-1, 1] in one pass
                 yield Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index)
 
 
 def augment(x, names, rng):
-    """Random flips and rotation of a batch (B, C, H, W) in [-1, 1] in one resampling; all numbers come from `rng`."""
+    """Random flips and rotation of a batch (B, C, H, W), 0 is black, in one resampling; all numbers come from `rng`."""
     B = len(x)
     flip = np.stack([np.where((name in names) & (rng.random(B) < .5), -1., 1.) for name in ("hflip", "vflip")], 1)
     angle = rng.uniform(-np.pi / 6, np.pi / 6, B) * ("rotate" in names)
@@ -85,11 +86,13 @@ def augment(x, names, rng):
             x = torch.where(torch.from_numpy(flip[:, column] < 0).to(x.device).view(B, 1, 1, 1), x.flip(dim), x)
         return x
     aspect = x.shape[3] / x.shape[2]
-    cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(B)
-    theta = np.stack([np.stack([cos * flip[:, 0], -sin / aspect * flip[:, 1], zero], 1),
-                      np.stack([sin * aspect * flip[:, 0], cos * flip[:, 1], zero], 1)], 1)
-    grid = F.affine_grid(torch.from_numpy(theta).float().to(x.device), x.shape, align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1                  # + 1: what lies outside becomes black
+    cos, sin = np.cos(angle), np.sin(angle)
+    theta = np.stack([cos * flip[:, 0], -sin / aspect * flip[:, 1], sin * aspect * flip[:, 0], cos * flip[:, 1]])
+    a, b, c, d = torch.from_numpy(theta).float().to(x.device)[..., None]        # (B, 1) each
+    u, v = (torch.arange(1, 2 * n, 2, device=x.device) / n - 1 for n in (x.shape[3], x.shape[2]))       # pixel centres in [-1, 1]
+    # F.affine_grid's, as an outer sum
+    grid = torch.stack([(a * u)[:, None] + (b * v)[..., None], (c * u)[:, None] + (d * v)[..., None]], -1)
+    return F.grid_sample(x, grid, align_corners=False)                          # what lies outside becomes black
 
 
 def _resident(split, device):

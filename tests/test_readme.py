@@ -1,4 +1,5 @@
 """README and records hold together; every command in it runs."""
+import json
 import re
 import shlex
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests import claims
+import diffmic
+from tests import bench, claims
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,9 +18,31 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"(?s)```\n(.*?)`
 COMMANDS += re.findall(r"`(python diffmic\.py[^`]*)`", README)
 
 
-@pytest.mark.parametrize("name", [n for n in claims.CELLS if claims.records(n)])
+OWN_TABLE = ["diffmic-toy", "diffmic-toy-paper", "diffmic-ham10000-small"]
+
+
+@pytest.mark.parametrize("name", OWN_TABLE)
 def test_the_table_in_the_readme_is_the_one_made_from_the_records(name):
     assert claims.table(name) in README
+
+
+def test_the_other_tables_in_the_readme_are_made_from_the_records():
+    assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README
+    assert bench.table(json.loads((claims.RESULTS / "bench-cpu.json").read_text())) in README
+
+
+def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records():
+    given = re.findall(r"  (plus|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", diffmic.__doc__)
+    assert len(given) == 1 + len(claims.IDEAS["diffmic"])
+    for option, accuracy, nll in given:
+        name, = [n for n in claims.CELLS if claims.command(n, 0) == f"python diffmic.py {option.removeprefix('plus')}".strip()]
+        val = claims.records(name)[0]["method_specific"]["validation_by_steps_and_samples"][-1]
+        assert (f"{val['accuracy']:.3f}"[1:], f"{val['nll']:.3f}"[1:]) == (accuracy, nll), option
+
+
+def test_what_the_readme_says_of_the_regions_without_weights_is_recorded():
+    uniform = claims.records("diffmic-toy-uniform")[0]["regions"]["all"]
+    assert f"covers {uniform['covered']:.2f}, by chance {uniform['chance']:.2f}" in README
 
 
 @pytest.mark.parametrize("name", [n for n in claims.CELLS if claims.records(n)])
