@@ -31,6 +31,9 @@ IDEAS = {                                                               # of a m
                 "roi": dict(roi_size=8), "ema": dict(prior_source="ema"), "dropout": dict(prior_dropout=.3),
                 "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
 }
+FEW = dict(data="toy", limit=300, epochs=100)                           # where a guide learns its images by heart: do its priors mislead?
+CELLS |= {"diffmic-few": ("diffmic", FEW, (0,)), "diffmic-few-dropout": ("diffmic", FEW | dict(prior_dropout=.3), (0,)),
+          "diffmic-few-ema": ("diffmic", FEW | dict(prior_source="ema"), (0,)), "diffmic-few-smoothing": ("diffmic", FEW | dict(label_smoothing=.1), (0,))}
 CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 KEYS = ("accuracy", "f1_macro", "auroc", "ece")
 
@@ -51,6 +54,9 @@ def run(name, seed, root=None):
         result = module.train(module.configure(**given))
         if method == "diffmic" and settings["data"] == "toy":
             result["regions"] = regions(Path(folder) / "run" / "best.pt")
+            rows = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+            best = rows[result["selected_epoch"] - 1]
+            result |= {"guide_in_training": best["guide_accuracy"], "val_guide_accuracy": best["val_guide_accuracy"]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps({"command": command(name, seed)} | result, indent=1))
 
@@ -78,6 +84,18 @@ def regions_table(name):
     for label in found[0]:
         mean = {k: np.mean([f[label][k] for f in found]) for k in found[0][label]}
         lines.append(f"| {label} | {mean['covered']:.2f} | {mean['chance']:.2f} | {mean['inside']:.2f} |")
+    return "\n".join(lines)
+
+
+def few_table():
+    """300 training images for 100 epochs: the guide on the images it learns from and on the others, and DiffMIC with each cure."""
+    lines = ["| 300 images, 100 epochs | guide in training | guide on validation | DiffMIC, validation | NLL | test |", "|---|---|---|---|---|---|"]
+    for name in (name for name in CELLS if name.startswith("diffmic-few")):
+        record, = records(name)
+        val = record["method_specific"]["validation_by_steps_and_samples"][-1]
+        options = command(name, 0).partition("--epochs 100")[2].strip()
+        lines.append(f"| {f'`{options}`' if options else 'none'} | {record['guide_in_training']:.3f} | {record['val_guide_accuracy']:.3f} | "
+                     f"{val['accuracy']:.3f} | {val['nll']:.3f} | {record['test']['accuracy']:.3f} |")
     return "\n".join(lines)
 
 
