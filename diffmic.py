@@ -12,7 +12,6 @@ denoised step by step; the class is the largest entry of y_0, or of its mean ove
     eps_hat = D(E(proj([y_t, y_g, y_l]), rho(x), t), t)                                        eq. 3   `Denoiser`
     L_eps = |eps - eps_hat|^2                                                                  eq. 4   `loss`
     L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`
-        n', m' run over the same batch: the biased V-statistic, diagonal included
     L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
 
 B images, C classes, S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar. f is the priors'
@@ -23,11 +22,12 @@ mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
     python diffmic.py --data folder --root DIR --scale small      # your own images, a folder per class
     python diffmic.py eval --checkpoint RUN/best.pt
     python diffmic.py predict --checkpoint RUN/best.pt a.jpg folder/
+    python diffmic.py explain --checkpoint RUN/best.pt --tsne     # or for images of your own
 
 Read differently from the paper, and why
  1. Eq. 2 adds the priors, eq. 1 averages them; only the mean makes y_T of eq. 2 and eq. 1 agree. --prior-mean sum | geometric.
- 2. The priors are softmax probabilities, the mean is taken after the softmax; the paper does not say.
- 3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. --prior-input fused is the authors' 2C.
+ 2. The priors are probabilities, their mean is taken after the softmax; the paper does not say.
+ 3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. The authors' 2C: --prior-input fused and 1's geometric.
  4. "UNet" E, D is an MLP without skips; the image embedding has batch norm but no Softplus, as in the authors' code.
     t enters as a learned embedding, U(0, 1) at first, times the output of each of three linear layers.
  5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250,
@@ -39,7 +39,7 @@ Read differently from the paper, and why
     T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
 split, not on the test set; a constant saliency map gives K places, not one K times; metrics over the whole set, not means of batches.
-`--recipe plus` (PLUS, below) and it with one field changed: accuracy and NLL on validation, toy seed 0 (python -m tests.claims)
+`--recipe plus` (PLUS, below), and plus with one field changed: accuracy and NLL on validation, toy seed 0 (python -m tests.claims)
     plus                    .940  .227    --no-deep-supervision   .930  .277    --prior-dropout 0.3     .938  .223
     --target eps            .932  .263    --roi-size 8            .918  .295    --label-smoothing 0.1   .930  .257
     --roi-weight uniform    .922  .298    --prior-source ema      .932  .262    --balanced              .914  .288
@@ -122,7 +122,7 @@ class Config:
     deep_supervision: bool = False  # cross-entropy on each prior as well as on their fusion
     end_to_end: bool = False  # let the diffusion loss train the guide
     label_smoothing: float = 0.  # [0..1] of the guide's labels
-    prior_source: Literal["guide", "ema"] = "guide"  # priors in training
+    prior_source: Literal["guide", "ema"] = "guide"  # whose priors the denoiser trains on; ema: the averaged guide's, and --end-to-end has no effect
     prior_dropout: float = 0.  # [0..1] share of training images whose priors are replaced by 1 / C
     target: Literal["eps", "y0"] = "eps"  # what the denoiser's last layer stands for
     mmd_weight: float = 0.5  # [0..] lambda of eq. 6
@@ -142,8 +142,7 @@ SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, wid
              guide_lr=2e-3, lr=2e-3, warmup=0.1)
 PLUS = dict(target="y0", samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True, roi_weight="probability")
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]   # what a checkpoint's user may set
-BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "ham10000": dict(steps=250), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"),
-           "pmg2000": dict(steps=100)}
+BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"), "pmg2000": dict(steps=100)}
 
 
 def configure(**given):
@@ -173,7 +172,7 @@ def draw_timesteps(B, T, antithetic, device):
 
 
 def estimate(denoiser, config, y, condition, t, a, s):
-    """eps_hat of eq. 3 at y_t (B, C), and the y_0_hat that belongs to it by eq. 2. condition: y_g, y_l, f (B, C) and rho(x) (B, F)."""
+    """eps_hat of eq. 3 at y_t (B, C), and y_0_hat; either gives the other by eq. 2. condition: y_g, y_l, f (B, C) and rho(x) (B, F)."""
     out, f = denoiser(y, *condition, t).float(), condition[2]
     if config.target == "y0":                                           # the last layer's C numbers are the logits of y_0
         return (y - a * out.softmax(1) - (1 - a) * f) / s, out.softmax(1)
@@ -193,8 +192,9 @@ def loss(nets, config, x, y0, y_g, y_l):
 
     eps_hat, y0_hat = branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean))
     error = (eps_hat - eps) ** 2
-    losses = {"eps": error.mean(),                                      # eq. 4, over C as well: lambda is relative to it
-              "y0": -(y0 * y0_hat.clamp_min(1e-8).log()).sum(1).mean()}         # cross-entropy: eq. 4's place if target is y0
+    losses = {"eps": error.mean()}                                      # eq. 4, over C as well: lambda is relative to it
+    if config.target == "y0":                                           # cross-entropy takes its place
+        losses["y0"] = -(y0 * y0_hat.clamp_min(1e-8).log()).sum(1).mean()
     if config.mmd_weight and config.variant == "full":
         n = run.all_rows(eps)
         for name, y in (("mmd_g", y_g), ("mmd_l", y_l)):                # eq. 5: one prior in both places
@@ -234,7 +234,7 @@ def train_step(nets, ema, config, batch, joint):
 def sample(denoiser, config, condition, noise, timesteps):
     """The reverse process over n falling levels: condition (as `estimate`), noise (B, n, C) -> the path (B, n + 1, C), y_T first, y_0 last.
 
-    Each step predicts y_0 from eps_hat, then draws y_s, s the next level, from the posterior. No clipping.
+    Each step predicts y_0 and eps, then draws y_s, s the next level, from the posterior. No clipping.
     """
     alpha_bar, f = linear_alpha_bar(config.timesteps), condition[2]
     path = [f + noise[:, 0]]                                            # eq. 1
@@ -248,7 +248,7 @@ def sample(denoiser, config, condition, noise, timesteps):
 
 
 class Prediction(NamedTuple):
-    p: torch.Tensor                     # (B, C) probabilities: softmax of the mean of the draws, over a temperature
+    p: torch.Tensor                     # (B, C) probabilities out of the mean of the draws and a temperature
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
@@ -318,8 +318,8 @@ class DCG(nn.Module):
         h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
         attention = score.softmax(1)                                    # (B, K, 1)
-        y_l = self.to_local((attention * h).sum(1))
-        return Guide(saliency.mean((2, 3)), y_l, saliency, boxes, attention[..., 0])
+        logits_l = self.to_local((attention * h).sum(1))
+        return Guide(saliency.mean((2, 3)), logits_l, saliency, boxes, attention[..., 0])
 
 
 def find_rois(saliency, image_size, size, count, weight=None):
@@ -383,7 +383,7 @@ class TimedLinear(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Eq. 3: eps_hat (B, C) from y_t, the priors, rho(x) (B, F) and t (B,)."""
+    """Eq. 3: eps_hat, or the logits of y_0 (`estimate`), (B, C) from y_t, the priors, rho(x) (B, F) and t (B,)."""
 
     def __init__(self, config, classes):
         super().__init__()
@@ -450,7 +450,7 @@ def parameter_groups(nets, config):
 
 
 def learning_rate(config, group, epoch):
-    """Of a group at a (fractional) epoch: linear warm-up, from a little above 0, then a cosine to 0; the guide's is constant in the paper."""
+    """Of a group at a (fractional) epoch: linear warm-up, from a little above 0, then a cosine to 0; the guide's is constant in recipe paper."""
     begin = config.pretrain_epochs if group["name"] == "diffusion" else 0
     done = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin)
     if group["name"] == "guide" and config.guide_schedule == "constant":
@@ -489,8 +489,7 @@ def calibrate(nets, split, config, device):
     """Fits the temperature that turns the mean draw into probabilities, by the likelihood of a validation split."""
     if config.calibrate and nets.denoiser is not None:
         nets.temperature.fill_(1)
-        predictions, _ = evaluate(nets, split, config, device)
-        nets.temperature.div_(metrics.sharpness(split.labels, predictions[METHOD]))
+        nets.temperature.div_(metrics.sharpness(split.labels, evaluate(nets, split, config, device)[0][METHOD]))
 
 
 def measure(nets, data, config, device):
@@ -507,12 +506,12 @@ def measure(nets, data, config, device):
 
 
 def embedding(nets, config, out, i):
-    """Fig. 2: the denoiser's last hidden layer (B, F) at reverse step i of each image's first draw."""
+    """For Fig. 2: the denoiser's last hidden layer (B, F), our choice, at reverse step i of each image's first draw."""
     t = respaced_timesteps(config.timesteps, config.steps)[i].to(out.path.device)
     return nets.denoiser.features(out.path[:, 0, i], *out.condition, t.expand(len(out.path)))
 
 
-PANELS = [("Losses", "loss", ["eps", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
+PANELS = [("Losses", "loss", ["diffusion", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
           ("Validation; guide_accuracy: in training", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy", "guide_accuracy"])]
 
 
@@ -593,57 +592,58 @@ def train(config, resume=None):
 
 # ============================================================================= 10 commands
 @torch.no_grad()
-def explain_command(checkpoint, paths=(), limit=8, tsne=False, output="", **given):
-    """A panel an image (of `limit` test images where none is given): saliency, regions and their attention, the label's path; tsne: Fig. 2."""
+def explain_command(checkpoint, paths=(), limit=0, tsne=False, output="", **given):
+    """A panel an image, `limit` at most (0: all of `paths`; 8 of the test split if none): regions, label's path; tsne: Fig. 2 of up to 300."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     if nets.guide is None or nets.denoiser is None:
         raise run.UserError(f"{checkpoint}: --variant {config.variant} lacks a guide or the diffusion; take a run of full or c2")
-    among = dataclasses.replace(config, limit=max(1, limit, 300 * tsne))
-    split, problems = read_split(paths, config, facts) if paths else (load_for(among, facts).test, [])
-    if limit < 1 or tsne and len(split) < 4:
-        raise run.UserError(f"--limit {limit}: 1 or more" if limit < 1 else f"--tsne: {len(split)} images are too few, 4 are needed")
+    limit = limit or (sys.maxsize if paths else 8)
+    split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=max(limit, 300 * tsne)), facts).test, [])
+    if limit < 0 or tsne and len(split) < 4:
+        raise run.UserError(f"--limit {limit}: 0 or more" if limit < 0 else f"--tsne: {len(split)} images are too few, 4 are needed")
     seeds = [Path(name).stem for name in split.ids] if paths else split.ids             # as `predict` and `eval`
-    out, classes, tiles, names, hidden = run.result_folder(output, checkpoint, "explain", config), facts["classes"], [], [], []
+    out, classes, tiles, predicted, hidden = run.result_folder(output, checkpoint, "explain", config), facts["classes"], [], [], []
     truth = [f" (true: {classes[k]})" if k >= 0 else "" for k in split.labels]
     steps = sorted({round(i) for i in np.linspace(0, config.steps - 1, 7)})
     for batch in run.progress(Batches(split, config.eval_batch_size, device), "explain"):
         noise = run.image_noise(config.seed, [seeds[i] for i in batch.index], (config.samples, config.steps, len(classes)), device)
         with run.autocast(config, device):
             found = classify(nets, config, batch.x, noise)
-            hidden.append([embedding(nets, config, found, i).float().cpu().numpy() for i in steps if tsne])
-        for row, *one in zip(batch.index, *(a.float().cpu().numpy() for a in (found.p, found.path, *found.guide[2:]))):
-            if paths or row < limit:
+            hidden.append([embedding(nets, config, found, i).float().cpu().numpy() for i in steps if tsne and batch.index[0] < 300])
+        for row, *one in zip(batch.index, *(a.float().cpu().numpy() for a in (found.p, found.entropy, found.path, *found.condition[:2], *found.guide[2:]))):
+            if row < limit:
                 tiles.append(draw_explanation(out, split, row, classes, truth, nets.guide.roi_size, *one))
-            names.append(int(one[0].argmax()))
-    plots.image_grid(out / "overview.png", tiles, [f"{Path(split.ids[i]).name}\n{classes[names[i]]}{truth[i]}" for i in range(len(tiles))], scale=1)
+            predicted.append(int(one[0].argmax()))
+    plots.image_grid(out / "overview.png", tiles, [f"{Path(split.ids[i]).name}\n{classes[predicted[i]]}{truth[i]}" for i in range(len(tiles))], scale=1)
     if tsne:
         levels = respaced_timesteps(config.timesteps, config.steps)[steps] + 1
-        labels = np.where(split.labels < 0, names, split.labels)
-        plots.scatter(out / "tsne.png", {f"t = {t}": plane(np.concatenate(h)) for t, h in zip(levels.tolist(), zip(*hidden))}, labels, classes,
+        labels = np.where(split.labels < 0, predicted, split.labels)[:300]
+        plots.scatter(out / "tsne.png", {f"t = {t}": plane(np.concatenate(h)[:300]) for t, h in zip(levels.tolist(), zip(*hidden))}, labels, classes,
                       "t-SNE of the denoised embedding", "colour: true class" if split.labels[0] >= 0 else "colour: predicted class")
     print(*problems, f"panels and overview.png: {out}   (not for clinical use)", sep="\n")
 
 
-def draw_explanation(out, split, row, classes, truth, side, p, path, saliency, corners, attention):
+def draw_explanation(out, split, row, classes, truth, side, p, entropy, path, y_g, y_l, saliency, corners, attention):
     """One panel; returns the picture with regions and saliency, for the overview."""
     image, best, name = split.images[row], p.argmax(), Path(split.ids[row]).name
     boxes = np.concatenate([corners[:, ::-1], corners[:, ::-1] + side], 1)
-    tiles = {name: plots.overlay(image), f"saliency of {classes[best]}": plots.overlay(image, saliency[best]),
-             "regions, with their attention": plots.overlay(image, None, boxes, [f"{a:.2f}" for a in attention])}
+    tiles = {name: plots.overlay(image), f"saliency of {classes[best]}, from its least to its most": plots.overlay(image, saliency[best]),
+             "regions, by the maps of all classes, and their attention": plots.overlay(image, None, boxes, [f"{a:.2f}" for a in attention])}
     shown, done = np.argsort(-p)[:5], np.arange(path.shape[1])
-    series = {classes[k]: (done, path[:, :, k].mean(0), *(np.quantile(path[:, :, k], (.1, .9), 0) if k in shown[:2] else ())) for k in shown}
+    series = {classes[k]: (done, path[:, :, k].mean(0), *(np.quantile(path[:, :, k], (.1, .9), 0) if k in shown[:2] and len(path) > 1 else ())) for k in shown}
     plots.explanation(out / f"{row:04d}-{run.file_name(Path(name).stem)}.png", f"{classes[best]}{truth[row]}", tiles,
-                      [(series, f"y_t: mean of {len(path)} draws, band from 10 to 90 % of them", "reverse steps done: from t = T to 0", "entry of y_t")],
-                      ["probability: " + ", ".join(f"{classes[k]} {p[k]:.3f}" for k in shown)])
+                      [(series, f"y_t, mean of the draws ({len(path)}); band: 10 to 90 % of them", "reverse steps done: from t = T to 0", "entry of y_t")],
+                      [f"{name}: " + ", ".join(f"{classes[k]} {q[k]:.3f}" for k in shown) for name, q in
+                       ((f"entropy {entropy:.3f}, probability", p), ("global prior y_g", y_g), ("local prior y_l", y_l))])
     return plots.overlay(image, saliency[best], boxes, side=160)
 
 
 def main(argv=None):
     """The command line; returns the exit code. `train`, `eval` and `predict` are those of every method: common/run.py."""
-    more = {"--limit": dict(type=int, default=8, metavar="N", help="panels of so many test images, where no image is given; default 8"),
+    more = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many panels; default: all images given, or 8 of the test split"),
             "--tsne": dict(action="store_true", help="also the t-SNE of the denoised embedding at seven steps")}
     return run.command_line(argv, sys.modules[__name__], {
-        "explain": (explain_command, ["data", "root", "split", *SAMPLING], "Show why: saliency, regions, the path of the label vector.", more)})
+        "explain": (explain_command, {"data", "root", "split", *SAMPLING} - {"uncertainty"}, "Show why: saliency, regions, the label's path.", more)})
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def overlay(image, heat=None, boxes=(), marks=(), side=256):
     boxes (x0, y0, x1, y1) in the image's pixels with a short text each."""
     image = picture(image)
     scale = side / max(image.size)
-    image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
     if heat is not None:
         heat = np.asarray(heat, dtype=np.float32)
         heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)

@@ -118,6 +118,8 @@ def add_options(parser, Config, names=None):
             groups[group] = parser.add_argument_group(group)
         field = Config.__dataclass_fields__[name]
         options = ["--" + name.replace("_", "-"), *{"output": ["--out"], "batch_size": ["--batch"]}.get(name, [])]
+        if name == "output" and names is not None:
+            comment = "folder to write to; none: the next free one beside the checkpoint"
         extra = {"dest": name, "default": argparse.SUPPRESS,
                  "help": f"{comment}; default {(field.default if field.default != '' else 'none') if names is None else 'that of the run'}".replace("%", "%%")}
         if field.type is bool:

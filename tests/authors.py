@@ -3,7 +3,7 @@
 Written from the fact sheet, papers/diffmic.md, whose items the docstrings name; nobody's source was read or copied.
 tests/test_authors.py shows where the two arrangements agree to rounding, and where they must not. What they do once and for
 no result (a copy of all crops, 4.2.6) is left out, and positions reach the CPU once a forward: times err in their favour.
-They train in float32: no autocast in here. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
+Precision is the caller's. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
 """
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,7 @@ def train_step(nets, config, x, y, red=True):
     4.2.2: the encoder runs three times. 4.2.3: priors in evaluation mode, not detached, so the diffusion loss goes back through
     the guide, whose gradients are then zeroed; a second forward, in training mode, is for its cross-entropy.
     """
+    assert config.target == "eps" and config.roi_weight == "uniform", "theirs is recipe paper"
     nets.train()
     nets.guide.eval()
     y_g, y_l = guide(nets.guide, x, red).priors()
@@ -119,6 +120,7 @@ def predict(nets, config, x, noise, timesteps=None, red=True):
 
     4.2.1: the encoder runs at every step. 4.2.4: the guide runs twice, once for its own accuracy and once for the priors.
     """
+    assert config.target == "eps" and config.roi_weight == "uniform", "theirs is recipe paper"
     timesteps = truncated_timesteps(config.timesteps, config.steps) if timesteps is None else timesteps
     alpha_bar = linear_alpha_bar(config.timesteps)
     guide(nets.guide, x, red)

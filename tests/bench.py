@@ -5,7 +5,7 @@ runs under no_grad on both sides. --write keeps the record in tests/results/benc
 (--table); --quick is a trial at small sizes. Machines are shared and noisy: times mean little, ratios more.
 """
 import argparse
-import contextlib
+import copy
 import json
 import platform
 import sys
@@ -17,11 +17,11 @@ from pathlib import Path
 from common import run  # before torch
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import diffmic
-from data import Batches, Split, cache
+from data import Batches, Split
+from data.batches import Batch
 from tests import authors
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -88,7 +88,6 @@ def training_step(s):
 
 
 def diffmic_batch(s):
-    from data.batches import Batch
     return Batch(s.x, s.y, np.arange(len(s.x)))
 
 
@@ -103,6 +102,10 @@ def regions(s):
     def ours():
         return diffmic.crop(s.x, diffmic.find_rois(saliency, shape, size, count), size)
     assert s.quick or torch.equal(ours(), theirs())                     # the same boxes where they are whole cells
+    if s.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")                         # ours must not make the host wait
+        ours()
+        torch.cuda.set_sync_debug_mode("default")
     return s.seconds(ours, 20), s.seconds(theirs, 20)
 
 
@@ -148,7 +151,7 @@ def square(file, size, names=(), rng=None):
 
 ROWS = {                                                                # name: (work, what it is, aim for theirs / ours)
     "prediction": (prediction, "prediction of 32 images, 224 px, 250 steps, one draw", 10),
-    "training step": (training_step, "training step, 32 images of 224 px", 1 / .7),
+    "training step": (training_step, "forward and backward passes of training, 32 images of 224 px", 1 / .7),
     "regions": (regions, "six regions of 32 images, found and cut", None),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10),
     "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4),
@@ -157,10 +160,11 @@ ROWS = {                                                                # name: 
 
 # ============================================================================= the full size, on its own
 def full_size(s, seconds=30.):
-    """Throughput at the paper's size: training and prediction, images a second, share of the device's measured peak, memory."""
+    """Throughput at the paper's size: whole training steps and predictions, images a second, share of the device's measured peak, memory.
+    How long a training waits for its data stands in its log.jsonl: data_seconds of seconds."""
     from torch.utils.flop_counter import FlopCounterMode
     nets, config, n = s.nets, s.config, len(s.x)
-    batch, optimizer = diffmic_batch(s), torch.optim.Adam(diffmic.parameter_groups(nets, config), fused=True)
+    batch, optimizer, ema = diffmic_batch(s), torch.optim.Adam(diffmic.parameter_groups(nets, config), fused=True), copy.deepcopy(nets)
     with FlopCounterMode(display=False) as count, run.autocast(config, s.device):
         nets.train()
         diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
@@ -169,8 +173,11 @@ def full_size(s, seconds=30.):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
+        diffmic.train_step(nets, ema, config, batch, True)["loss"].backward()
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], group["clip"] or torch.inf)
         optimizer.step()
+        run.update_ema(ema, nets, config.ema, 10 ** 6)
 
     def many(work, repeat=20):
         first = s.seconds(work)
@@ -184,8 +191,12 @@ def full_size(s, seconds=30.):
     nets.eval()
     B = 256 if s.device.type == "cuda" else n
     x, noise = s.x.repeat(B // n, 1, 1, 1), torch.randn(B, 1, config.steps, 7, device=s.device)
+    if s.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
         found["prediction ms an image"] = 1e3 * many(lambda: diffmic.classify(nets, config, x, noise)) / B
+    if s.device.type == "cuda":
+        found["prediction memory GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
 
@@ -228,7 +239,7 @@ def main(argv=None):
         parser.error("--quick is a trial: its numbers are no record; leave out --write")
     s = Setting(args.device, args.quick)
     record = {"command": f"python -m tests.bench --device {args.device} --write", "machine": machine(s), "torch": str(torch.__version__),
-              "dtype": "bf16" if s.device.type == "cuda" else "float32", "commit": run.commit(), "rows": {}}
+              "dtype": "bf16" if s.device.type == "cuda" else "float32", "rows": {}}
     if args.write and path.exists():
         record = json.loads(path.read_text()) | record | {"rows": json.loads(path.read_text())["rows"]}
     for name in args.only or ROWS:
@@ -237,7 +248,7 @@ def main(argv=None):
             print(name, json.dumps(record[name], indent=1), flush=True)
             continue
         ours, theirs = ROWS[name][0](s)
-        record["rows"][name] = {"ours": ours, "theirs": theirs}
+        record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()}
         print(f"{name:18} ours {ours:9.4f} s   theirs {theirs:9.4f} s   ratio {theirs / ours:6.2f}", flush=True)
     if args.write:
         path.write_text(json.dumps(record, indent=1))

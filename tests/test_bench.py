@@ -27,7 +27,7 @@ def test_a_row_runs_both_sides_and_prints_their_ratio(row, results, capsys):
     record = bench.main(["--quick", "--only", row])
     assert list(record["rows"]) == [row]
     times = record["rows"][row]
-    assert set(times) == {"ours", "theirs"} and all(0 < t < 600 for t in times.values())
+    assert set(times) == {"ours", "theirs", "commit"} and all(0 < times[side] < 600 for side in ("ours", "theirs"))
     line = capsys.readouterr().out
     assert row in line and f"ratio {times['theirs'] / times['ours']:6.2f}" in line
     assert not list(results.iterdir()), "only --write writes"
@@ -70,7 +70,7 @@ def test_a_record_that_is_written_can_be_shown_and_keeps_its_other_rows(results,
         patch.setattr(bench, "Setting", lambda device, quick: type("Nothing", (), dict(device=torch.device(device), quick=quick))())
         bench.main(["--only", "regions", "--write"])
         record = json.loads((results / "bench-cpu.json").read_text())
-        assert record["rows"] == {"prediction": {"ours": 1., "theirs": 2.}, "regions": {"ours": .5, "theirs": 1.5}}
+        assert record["rows"] == {"prediction": {"ours": 1., "theirs": 2.}, "regions": {"ours": .5, "theirs": 1.5, "commit": bench.run.commit()}}
         assert record["dtype"] == "float32" and "threads" in record["machine"] and record["torch"] == torch.__version__ and "--write" in record["command"]
         capsys.readouterr()
         bench.main(["--table"])

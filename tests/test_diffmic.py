@@ -1625,7 +1625,7 @@ def test_a_t_sne_of_fewer_than_four_pictures_is_refused(n, tmp_path, capsys):
     assert error.startswith("error: --tsne") and "\n" not in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv, words", [(["--limit", "many"], "--limit"), (["--limit", "0"], "--limit 0"), (["--steps", "51"], "--steps"), (["nowhere.png"], "nowhere.png"), (["--tsn"], "--tsne")])
+@pytest.mark.parametrize("argv, words", [(["--limit", "many"], "--limit"), (["--limit", "-1"], "--limit -1"), (["--steps", "51"], "--steps"), (["nowhere.png"], "nowhere.png"), (["--tsn"], "--tsne")])
 def test_a_mistake_in_an_explain_command_is_one_line(argv, words, tmp_path, capsys):
     assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt"), *argv, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip()
