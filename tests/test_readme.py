@@ -27,29 +27,34 @@ def test_the_table_in_the_readme_is_the_one_made_from_the_records(name):
 
 
 def test_the_other_tables_in_the_readme_are_made_from_the_records():
-    assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README
+    assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README and claims.few_table() in README
     assert bench.table(json.loads((claims.RESULTS / "bench-cpu.json").read_text())) in README
 
 
 def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records():
-    given = re.findall(r"  (plus|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", diffmic.__doc__)
-    assert len(given) == 1 + len(claims.IDEAS["diffmic"])
+    given = re.findall(r"  (plus|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", diffmic.__doc__)
+    cells = {"plus": "diffmic-toy", "its base": "diffmic-toy-base"}
+    cells |= {claims.command(f"diffmic-toy-{name}", 0).partition("--prior-dropout 0.0 ")[2]: f"diffmic-toy-{name}" for name in claims.IDEAS["diffmic"]}
+    assert {option for option, *_ in given} == set(cells)
     for option, accuracy, nll in given:
-        name, = [n for n in claims.CELLS if claims.command(n, 0) == f"python diffmic.py {option.removeprefix('plus')}".strip()]
-        val = claims.records(name)[0]["method_specific"]["validation_by_steps_and_samples"][-1]
+        val = claims.records(cells[option])[0]["method_specific"]["validation_by_steps_and_samples"][-1]
         assert (f"{val['accuracy']:.3f}"[1:], f"{val['nll']:.3f}"[1:]) == (accuracy, nll), option
 
 
 def test_what_the_readme_says_of_the_regions_without_weights_is_recorded():
     uniform = claims.records("diffmic-toy-uniform")[0]["regions"]["all"]
+    whole = claims.records("diffmic-toy-roi")[0]["regions"]["all"]
     assert f"covers {uniform['covered']:.2f}, by chance {uniform['chance']:.2f}" in README
+    assert f"cover {whole['covered']:.2f}, by chance {whole['chance']:.2f}" in README
+    plus = claims.records("diffmic-toy-uncalibrated")[0]                 # the training of the base
+    assert f"scores {plus['guide_in_training']:.3f} on the augmented images it learns from and {plus['val_guide_accuracy']:.3f} on validation" in README
 
 
 @pytest.mark.parametrize("name", [n for n in claims.CELLS if claims.records(n)])
 def test_a_record_says_how_it_was_made(name):
     for record in claims.records(name):
         assert record["command"] == claims.command(name, record["seed"])
-        assert record["selected_epoch"] <= 14 and record["test"]["n"] > 0 and record["seconds"] > 0
+        assert record["selected_epoch"] <= 2 + claims.CELLS[name][1].get("epochs", 12) and record["test"]["n"] > 0 and record["seconds"] > 0
         assert {"majority", "resnet", "guide"} <= set(record["baselines"])
 
 
@@ -60,9 +65,16 @@ def test_numbers_outside_the_tables_are_in_the_records():
 
 
 def test_one_draw_and_twenty_score_as_the_readme_says():
-    by_samples = {row["samples"]: row["accuracy"] for row in claims.records("diffmic-toy")[0]["method_specific"]["validation_by_steps_and_samples"]
-                  if row["steps"] == 20}
-    assert f"one draw scores {by_samples[1]:.3f} on validation, 20 score {by_samples[20]:.3f}" in README
+    for name in ("diffmic-toy-base", "diffmic-toy-eps"):
+        table = claims.records(name)[0]["method_specific"]["validation_by_steps_and_samples"]
+        by_samples = {row["samples"]: row["accuracy"] for row in table if row["steps"] == 20}
+        assert f"one draw scores {by_samples[1]:.3f} on validation, 20 score {by_samples[20]:.3f}" in README
+
+
+def test_the_diffusion_beside_its_controls_is_as_the_readme_says():
+    for control, sentence in (("guide", r"three seeds \((.+?) of accuracy"), ("resnet", r"behind in one \((.+?)\)")):
+        said = [float(x) for x in re.search(sentence, README)[1].split(", ")]
+        assert said == pytest.approx([r["test"]["accuracy"] - r["baselines"][control]["accuracy"] for r in claims.records("diffmic-toy")], abs=5e-4)
 
 
 def test_at_the_default_budget_toy_accuracy_is_within_seven_points_of_bayes():
