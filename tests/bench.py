@@ -134,7 +134,7 @@ def epoch(s, names):
                 for i in range(0, n, 32):
                     rows = list(pool.map(lambda j: square(files[j], size, names, rngs[j]), range(i, min(n, i + 32))))
                     (torch.from_numpy(np.stack(rows)).to(s.device).float() / 127.5 - 1)
-        return s.seconds(ours, 3), s.seconds(theirs, 2)
+        return s.seconds(ours, 9), s.seconds(theirs, 3)
 
 
 def square(file, size, names=(), rng=None):
