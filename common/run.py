@@ -742,12 +742,14 @@ def load_init(nets, path, method):
         given, own = load_checkpoint(path, method)["ema"], nets.state_dict()
     except UserError as fault:
         raise UserError(f"--init {fault}") from None
-    fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    # weights and batch norms; not what was fitted to the other run, such as its temperature
+    learnt = {name for name, _ in nets.named_parameters()} | {k for k in own if "running_" in k or k.endswith("num_batches_tracked")}
+    fits = {k: v for k, v in given.items() if k in learnt and own[k].shape == v.shape}
     if not fits:
         raise UserError(f"--init {path}: no tensor fits this network (another --scale or --width?)")
     nets.load_state_dict(fits, strict=False)
-    new = [k for k in own if k not in fits]
-    print(f"--init: {len(fits)} of {len(own)} tensors from {path}" + (f"; new: {', '.join(new[:6])}" if new else ""))
+    new = [k for k in own if k in learnt and k not in fits]
+    print(f"--init: {len(fits)} of {len(learnt)} tensors from {path}" + (f"; new: {', '.join(new[:6])}" if new else ""))
 
 
 # ----------------------------------------------------------------------------- report

@@ -89,8 +89,7 @@ def draw_changes(names, B, rng):
 
 def finish(raw, flip, angle):
     """Images uint8 (B, C, H, W) -> float32 in [-1, 1], mirrored and turned."""
-    x = augment(raw.float(), flip, angle)
-    return torch.add(x.new_full((), -1.), x, alpha=1 / 127.5, out=x)            # in one pass
+    return augment(raw.float(), flip, angle).sub_(127.5).div_(127.5)            # exactly -1 and 1 at the ends
 
 
 def augment(x, flip, angle):

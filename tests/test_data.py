@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from data import DataError, cache, images, splits
+from data import Batches, DataError, Split, batches, cache, images, splits
 from data.__main__ import main
 from data.tables import Record, read_columns, read_table
 
@@ -394,3 +395,17 @@ def test_a_file_of_a_user_that_cannot_be_read_is_an_error_or_a_problem(tmp_path)
         data.read_split([tmp_path / "x"], Settings(), dict(channels=3))
     split, problems = data.read_split([tmp_path / "x"], Settings(skip_bad=True), dict(channels=3))
     assert split.ids == [str(paths[0]), str(paths[2])] and len(problems) == 1 and "001.png" in problems[0] and len(split) == len(split.images) == 2
+
+
+def test_bytes_become_floats_from_exactly_minus_one_to_exactly_one():
+    split = Split(np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(2, 0), np.zeros(2, np.int64), ["a", "b"])
+    (whole,), (turned,) = Batches(split, 2), Batches(split, 2, train=True, augment=("hflip", "rotate"))
+    assert whole.x.min() == -1 and whole.x.max() == 1 and torch.allclose(whole.x[0].flatten(), torch.arange(256) / 127.5 - 1, atol=1e-6)
+    assert turned.x.min() == -1 and turned.x.max() <= 1
+
+
+def test_images_augmented_a_few_at_a_time_are_those_augmented_together():
+    made = np.random.default_rng(0).integers(0, 256, (20, 3, 224, 224), np.uint8)
+    (part,) = Batches(Split(made, np.zeros(20, np.int64), list(map(str, range(20)))), 20, train=True, augment=("hflip", "rotate"))
+    flip, angle = batches.draw_changes(("hflip", "rotate"), 20, np.random.default_rng([0, 2, 0, 0, 0]))
+    assert torch.allclose(part.x, batches.finish(torch.from_numpy(made[part.index]), flip, angle), atol=1e-5)

@@ -1442,6 +1442,19 @@ def test_macro_f1_and_quadratic_kappa_are_those_computed_by_hand():
     assert summary["kappa_quadratic"] == pytest.approx(1 - 2 / 8)
 
 
+def test_fine_tuning_takes_the_weights_and_not_the_temperature(tmp_path):
+    config = tiny(size=28, width=8, guide_depth=18, timesteps=50, steps=9)
+    other = worn(networks(config))
+    other.temperature.fill_(3.)
+    run.save(tmp_path / "best.pt", dict(format=run.FORMAT, method="diffmic", config=dataclasses.asdict(config), ema=other.state_dict(),
+                                        facts=dict(classes=toy.CLASSES, channels=3, multilabel=False)))
+    torch.manual_seed(1)
+    nets = diffmic.build(config, dict(channels=3, classes=toy.CLASSES, multilabel=False))
+    diffmic.initialise(nets, dataclasses.replace(config, init=str(tmp_path / "best.pt")))
+    assert nets.temperature == 1
+    assert all(torch.equal(a, b) for (k, a), b in zip(nets.state_dict().items(), other.state_dict().values()) if k != "temperature")
+
+
 # ---------------------------------------------------------------------------------------------- explain
 def saved(path, **given):
     """A checkpoint of networks that were never trained."""
