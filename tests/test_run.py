@@ -72,7 +72,7 @@ def test_the_toy_set_is_small_and_plus_and_every_other_set_is_the_papers(configu
     assert (toy_run.scale, toy_run.recipe, real.scale, real.recipe) == ("small", "plus", "paper", "paper")
     assert {k: getattr(toy_run, k) for k in diffmic.SMALL if k != "size"} == {k: v for k, v in diffmic.SMALL.items() if k != "size"}
     assert {k: getattr(toy_run, k) for k in diffmic.PLUS} == diffmic.PLUS
-    assert toy_run.size == 32 and real == diffmic.Config(data="ham10000", **diffmic.BY_DATA["ham10000"])
+    assert toy_run.size == 32 and real == diffmic.Config(data="ham10000")
 
 
 def test_scale_recipe_and_fields_can_be_set_one_by_one(configured):
