@@ -77,7 +77,7 @@ TEMPERATURE = 0.2                       # softmax((1, 0, ..., 0) / 0.2) is 0.97 
 class Config:
     """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
-    data: str = "toy"  # data set: toy, ham10000, or folder (a folder per class)
+    data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
     size: int = 224  # [28..2048] pixels a side; 32 for toy, 64 for --scale small
     split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
@@ -432,7 +432,7 @@ def build(config, facts):
     return Networks(config, facts["channels"], len(facts["classes"]))
 
 
-def initialise(nets, config):
+def initialise(nets, data, config):
     """Loads ImageNet backbones into the guide and the weights of another run, where asked for."""
     if config.pretrained and nets.guide is not None:
         run.load_pretrained(nets.guide.global_net, config.pretrained)
@@ -442,10 +442,10 @@ def initialise(nets, config):
 
 
 def parameter_groups(nets, config):
-    """Adam's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
+    """AdamW's groups: name, parameters, peak learning rate, largest gradient norm (0: none). Without weight decay it is Adam."""
     groups = {"resnet": ([nets.resnet], config.lr, config.clip), "guide": ([nets.guide], config.guide_lr, 0.),
               "diffusion": ([nets.encoder, nets.denoiser], config.lr, config.clip)}
-    return [dict(name=name, params=[p for net in modules for p in net.parameters()], lr=lr, peak=lr, clip=clip)
+    return [dict(name=name, params=[p for net in modules for p in net.parameters()], lr=lr, peak=lr, clip=clip, weight_decay=0.)
             for name, (modules, lr, clip) in groups.items() if modules[0] is not None]
 
 
@@ -492,7 +492,7 @@ def calibrate(nets, split, config, device):
         nets.temperature.div_(metrics.sharpness(split.labels, evaluate(nets, split, config, device)[0][METHOD]))
 
 
-def measure(nets, data, config, device):
+def measure(nets, data, config, device, figures):
     """On validation, against reverse steps and draws: accuracy; ECE and NLL at the temperature of the full setting."""
     table = []
     if nets.denoiser is None:
@@ -529,10 +529,10 @@ def train(config, resume=None):
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
     if resume is None:
-        initialise(nets, config)
+        initialise(nets, data, config)
     if device.type == "cuda" and run.world() > 1:
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    state = run.State(METHOD, config, facts, nets, torch.optim.Adam(parameter_groups(nets, config), fused=True))
+    state = run.State(METHOD, config, facts, nets, torch.optim.AdamW(parameter_groups(nets, config), fused=True))
     if resume is not None:
         state.load(out / "last.pt")
     if config.compile:
@@ -583,7 +583,7 @@ def train(config, resume=None):
     best = state.load_best(out / "best.pt")
     calibrate(state.ema, data.val, config, device)
     state.write_best(best, out / "best.pt")
-    specific = measure(state.ema, data, config, device)
+    specific = measure(state.ema, data, config, device, out / "figures")
     predictions, uncertainty = evaluate(state.ema, data.test, config, device)
     result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
     run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)

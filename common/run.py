@@ -309,6 +309,12 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
+def file_id(path):
+    """63 bits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "big") >> 1
+
+
 def image_noise(seed, ids, shape, device):
     """Standard normal noise (B, *shape), drawn image by image from (seed, id): no batch size or order changes it."""
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise", i))) for i in ids]

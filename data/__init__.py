@@ -3,14 +3,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import cache, folder, ham10000, splits, toy
+from . import cache, folder, ham10000, medmnist, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split"]
 LOADERS = {"ham10000": ham10000.table, "folder": folder.table}
-NAMES = ("toy", *LOADERS)
+NAMES = ("toy", *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
 
 
@@ -19,8 +19,8 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     """A data set, decoded to `size` x `size` pixels and split: DataSet. Raises DataError for every mistake of a user.
 
     name      one of NAMES
-    root      its folder; default data/raw/NAME
-    size      pixels a side; default 32 for toy sets, else 224
+    root      its folder (MedMNIST: or the .npz file itself); default data/raw/NAME (MedMNIST: or ~/.medmnist)
+    size      pixels a side; default 32 for toy sets and MedMNIST, else 224
     seed      of the toy images and of `limit`; no split depends on it
     split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by
               patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides
@@ -36,7 +36,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
         raise DataError(f"--data {name}: no such data set; known: {', '.join(NAMES)} (own images: --data folder --root DIR)")
     if split not in SPLIT_RULES:
         raise DataError(f"--split {split}: no such rule; known: {', '.join(SPLIT_RULES)}")
-    fit, size = fit or "crop", size or (32 if name == "toy" else 224)
+    fit, size = fit or "crop", size or (32 if name == "toy" or name in medmnist.CLASSES else 224)
     if fit not in FITS:
         raise DataError(f"--fit {fit}: no such way; known: {', '.join(FITS)}")
     if not 8 <= size <= 2048:
@@ -44,8 +44,10 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     if name == "toy":
         return _toy(seed, size, limit, test_only, classes)
 
-    root = Path(root or Path(__file__).parent / "raw" / name)
+    given, root = root, Path(root or Path(__file__).parent / "raw" / name)
     try:
+        if name in medmnist.CLASSES:
+            return medmnist.load(name, given, size, seed, split, limit, test_only, classes, channels)
         table = LOADERS[name](root, split=split, test_only=test_only, skip_bad=skip_bad, classes=classes)
     except OSError as error:
         raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); check its permissions") from None

@@ -11,8 +11,8 @@ def main(argv=None):
     """Prints images a class and split, and the notes; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__.split(":")[1].strip())
     parser.add_argument("name", help=", ".join(NAMES))
-    parser.add_argument("--root", help="folder of the data (default data/raw/NAME)")
-    parser.add_argument("--size", type=int, help="pixels a side (default 224, toy 32)")
+    parser.add_argument("--root", help="folder of the data, or its .npz file (default data/raw/NAME)")
+    parser.add_argument("--size", type=int, help="pixels a side (default 224; toy and MedMNIST 32)")
     parser.add_argument("--split", default="official", help=" | ".join(SPLIT_RULES))
     parser.add_argument("--fit", help=" | ".join(FITS))
     parser.add_argument("--limit", type=int, default=0, help="images a split (default all)")
@@ -25,10 +25,12 @@ def main(argv=None):
         return 2
     parts = {"train": found.train, "val": found.val, "test": found.test}
     print(f"{found.name}: {found.channels} channels, {found.train.images.shape[-1]} pixels a side")
-    print("".join(f"{word:>12}" for word in ("class", *parts)))
+    wide = max(12, *map(len, found.classes))
+    print(f"{'class':>{wide}}" + "".join(f"{word:>12}" for word in parts))
     for k, name in enumerate(found.classes):
-        print(f"{name:>12}" + "".join(f"{np.sum(split.labels == k):12,}" for split in parts.values()))
-    print(f"{'all':>12}" + "".join(f"{len(split):12,}" for split in parts.values()))
+        counts = [np.sum(split.labels[:, k] if found.multilabel else split.labels == k) for split in parts.values()]
+        print(f"{name:>{wide}}" + "".join(f"{int(n):12,}" for n in counts))
+    print(f"{'all':>{wide}}" + "".join(f"{len(split):12,}" for split in parts.values()))
     for note in found.notes:
         print(f"- {note}")
     return 0

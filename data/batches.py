@@ -16,11 +16,13 @@ class Batch(NamedTuple):
     x: torch.Tensor                             # float32 (B, C, H, W) in [-1, 1]
     y: torch.Tensor                             # int64 (B,), or float32 (B, K) for multi-label data
     index: np.ndarray                           # int64 (B,): rows of the split
+    variant: np.ndarray | None = None           # int64 (B,): 0 as it is, 1 left-right, 2 up-down, 3 both; -1 turned as well
 
     def split(self, n):
         """n parts of nearly equal size, for gradient accumulation; fewer, where a part would have one image (batch norm)."""
         n = max(1, min(n, len(self.y) // 2))
-        return [Batch(*part) for part in zip(self.x.tensor_split(n), self.y.tensor_split(n), np.array_split(self.index, n))]
+        return [Batch(*part) for part in zip(self.x.tensor_split(n), self.y.tensor_split(n), np.array_split(self.index, n),
+                                           [None] * n if self.variant is None else np.array_split(self.variant, n))]
 
 
 class Batches:
@@ -78,7 +80,8 @@ class Batches:
                         x[part] = finish(raw[part], flip[part], angle[part])
                 else:
                     x = finish(raw, flip, angle)
-                yield Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index)
+                yield Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index,
+                            np.where(angle != 0, -1, (flip < 0) @ [1, 2]))
 
 
 def draw_changes(names, B, rng):

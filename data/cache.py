@@ -40,16 +40,26 @@ def load(paths, size, channels, fit, name="images", workers=None):
     """
     paths = [images.follow(path) for path in paths]
     shape = (len(paths), channels, size, size)
-    stem = folder() / f"{name}-{size}px-{_key(paths, size, channels, fit)}"
-    if (found := _open(stem, shape)) and not any(_readable(paths[row], size, channels, fit) for row in found[2]):
+    return remember(name, shape, paths, fit, lambda keep: _decode_all(paths, shape, fit, workers, keep),
+                    lambda row: _readable(paths[row], size, channels, fit))
+
+
+def remember(name, shape, sources, options, fill, mended=lambda row: False):
+    """What fill(keep) makes out of the files `sources`, or what it made in an earlier run; returned as by `load`.
+
+    fill calls keep(row, uint8 (C, size, size)) for each row in order, and returns N hashes and {row: why it cannot be read}.
+    mended(row): whether such a row can be read by now.
+    """
+    stem = folder() / f"{name}-{shape[-1]}px-{_key(sources, shape[-1], shape[1], options)}"
+    if (found := _open(stem, shape)) and not any(map(mended, found[2])):
         return *found, []
     try:
-        return *_build(stem, paths, shape, fit, workers), []
+        return *_build(stem, shape, fill), []
     except OSError as error:
         note = (f"cache folder {folder()} cannot be written ({error.strerror or error}): images are held in memory "
                 "and decoded again in the next run")
     array = np.empty(shape, np.uint8)
-    hashes, bad = _decode_all(paths, shape, fit, workers, array.__setitem__)
+    hashes, bad = fill(array.__setitem__)
     return array, hashes, bad, [note]
 
 
@@ -87,7 +97,7 @@ def _open(stem, shape):
         return None
 
 
-def _build(stem, paths, shape, fit, workers):
+def _build(stem, shape, fill):
     """Writes the array and its facts, each to a temporary file first, so that a reader never meets half of one."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     for litter in stem.parent.glob("*.tmp"):            # of a run that was killed
@@ -100,7 +110,7 @@ def _build(stem, paths, shape, fit, workers):
             file.write(pixels)
             crc = zlib.crc32(pixels, crc)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        hashes, bad = _decode_all(paths, shape, fit, workers, keep)
+        hashes, bad = fill(keep)
     with _replacing(stem.with_suffix(".json")) as file:
         file.write(json.dumps({"crc": crc, "bad": bad, "hashes": hashes}).encode())
     return np.lib.format.open_memmap(stem.with_suffix(".npy"), mode="r"), hashes, bad

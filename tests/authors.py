@@ -1,9 +1,9 @@
-"""DiffMIC as its authors arrange it: slow, with their quirks, over the weights of `diffmic.Networks`. For comparison only.
+"""DiffMIC and MedSymmFlow as their authors arrange them: slow, with their quirks, over the weights of our networks. For comparison only.
 
-Written from the fact sheet, papers/diffmic.md, whose items the docstrings name; nobody's source was read or copied.
+Written from the fact sheets, papers/diffmic.md and symmflow.md, whose items the docstrings name; nobody's source was read or copied.
 tests/test_authors.py shows where the two arrangements agree to rounding, and where they must not. What they do once and for
 no result (a copy of all crops, 4.2.6) is left out, and positions reach the CPU once a forward: times err in their favour.
-Precision is the caller's. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
+DiffMIC's train in float32: no autocast in here. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
 """
 import torch
 import torch.nn.functional as F
@@ -134,3 +134,72 @@ def predict(nets, config, x, noise, timesteps=None, red=True):
         y0 = (y - (1 - ab_t ** .5) * f - (1 - ab_t) ** .5 * eps) / ab_t ** .5
         y = ddpm_step(y, y0, noise[:, i + 1] if s >= 0 else 0., ab_t, ab_s, f)
     return y
+
+
+# ============================================================================= MedSymmFlow: the U-Net, guided-diffusion's way
+def norm32(norm, x):
+    """symmflow.md 2.1: GroupNorm in float32, and back."""
+    return F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+
+def attend(attention, x):
+    """2.1: q and k times d^(-1/4) each, the matrix of all pairs by einsum, its softmax in float32. They compute it a second time
+    in the backward pass (5.8, checkpointing), which is left out."""
+    B, C, H, W = x.shape
+    d, tokens = C // attention.heads, x.flatten(2)
+    qkv = F.conv1d(norm32(attention.norm, tokens), attention.qkv.weight[..., None], attention.qkv.bias)
+    q, k, v = (part.reshape(B * attention.heads, d, H * W) for part in qkv.chunk(3, 1))
+    weights = torch.einsum("bct,bcs->bts", q * d ** -.25, k * d ** -.25)
+    weights = weights.float().softmax(-1).to(weights.dtype)
+    h = torch.einsum("bts,bcs->bct", weights, v).reshape(B, C, -1)
+    return (tokens + F.conv1d(h, attention.projection.weight[..., None], attention.projection.bias)).view(B, C, H, W)
+
+
+def unet_block(block, x, emb):
+    res = block.res
+    h = res.conv1(F.silu(norm32(res.norm1, x))) + res.embedding(F.silu(emb))[:, :, None, None]
+    h = res.skip(x) + res.conv2(res.dropout(F.silu(norm32(res.norm2, h))))
+    return attend(block.attention, h) if hasattr(block.attention, "qkv") else h
+
+
+def unet(net, x, t):
+    """2.1: the forward pass of a common.unet.UNet without classes."""
+    emb, skips, h = net.embed(t), [], x
+    for conv, blocks in zip(net.enter, net.down):
+        h = conv(h)
+        skips.append(h)
+        for block in blocks:
+            h = unet_block(block, h, emb)
+            skips.append(h)
+    for block in net.middle:
+        h = unet_block(block, h, emb)
+    for blocks, leave in zip(net.up, net.leave):
+        for block in blocks:
+            h = unet_block(block, torch.cat([h, skips.pop()], 1), emb)
+        last = leave[-1]
+        h = last(F.interpolate(h, scale_factor=2, mode="nearest")) if len(leave) == 2 else last(F.silu(norm32(leave[0], h)))
+    return h
+
+
+# ============================================================================= MedSymmFlow's latent variant
+SCALE = 0.18215
+
+
+def encode_latents(codec, codes, noise_width, x, labels):
+    """1.5: what flows, of a training batch: image and RGB label map are both encoded, at every step anew (5.10). Here the mean of
+    the image's posterior, of which they draw a sample."""
+    maps = codes[labels][:, :, None, None].expand(-1, -1, *x.shape[2:])
+    maps = maps + noise_width * (2 * torch.rand_like(maps) - 1)
+    return codec.encode(x.expand(-1, 3, -1, -1))[0] * SCALE, codec.encode(maps)[0] * SCALE
+
+
+def classify_latents(codec, net, codes, x, noise):
+    """1.3, 1.5: images x (B, channels, H, W) and noise (B, 4, H/8, W/8) -> distances (B, K) after one step.
+
+    5.1: the image at t = 0, which nobody looks at, is decoded like the label map.
+    """
+    x = codec.encode(x.expand(-1, 3, -1, -1))[0] * SCALE
+    v = unet(net, torch.cat([x, noise], 1), x.new_ones(len(x)))
+    x, y = (z / SCALE for z in (x - v[:, :x.shape[1]], noise - v[:, x.shape[1]:]))
+    y, _ = codec.decode(y), codec.decode(x)
+    return (y[:, None] - codes[:, :, None, None]).norm(dim=2).mean((2, 3))

@@ -1,4 +1,4 @@
-"""The authors' arrangement (tests/authors.py) and diffmic.py: equal to rounding where only the speed differs, unequal at its faults."""
+"""The authors' arrangements (tests/authors.py) and ours: equal to rounding where only the speed differs, unequal at its faults."""
 import copy
 from collections import Counter
 
@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffmic
+import symmflow
+from common.autoencoder import AutoencoderKL
 from common.schedules import respaced_timesteps
+from common.unet import UNet
 from data.batches import Batch
 from diffmic import configure
 from tests import authors
@@ -260,7 +264,7 @@ def test_the_authors_encode_a_batch_three_times_and_guide_it_twice():
     authors.train_step(nets, config, x, LABELS)
     assert calls == {"encoder": 3, "denoiser": 3, "guide": 2}
     calls.clear()
-    diffmic.train_step(nets=nets, ema=None, config=config, batch=Batch(x, LABELS, LABELS.numpy()), joint=True)
+    diffmic.train_step(nets=nets, ema=None, config=config, batch=Batch(x, LABELS, LABELS.numpy(), LABELS.numpy() * 0), joint=True)
     assert calls == {"encoder": 1, "denoiser": 3, "guide": 1}
 
 
@@ -288,3 +292,105 @@ def test_the_authors_priors_leave_the_running_statistics_of_the_guide_to_its_own
     nets = networks(config)
     authors.train_step(nets, config, x, LABELS)
     assert {int(m.num_batches_tracked) for m in norms(nets.guide)} == {1} and nets.guide.training
+
+
+# ---------------------------------------------------------------------------------------------- MedSymmFlow
+def worn(net):
+    """As after training: what is zero at first is not."""
+    for p in net.parameters():
+        p.data += .1 * torch.randn_like(p)
+    return net.eval()
+
+
+@pytest.mark.parametrize("args, side", [((4, 4, 16, (1, 2, 2, 2), 1, {2}, 8), 16), ((6, 6, 8, (1, 2), 2, {1, 2}, 16), 8), ((9, 9, 12, (1, 2, 3), 1, {4}, 4), 12)])
+@torch.no_grad()
+def test_the_unet_with_einsum_attention_and_norms_in_float32_has_the_same_output(args, side):
+    net, x, t = worn(UNet(*args)), torch.randn(3, args[0], side, side), torch.tensor([0., .3, 1.])
+    ours = net(x, t)
+    assert torch.allclose(authors.unet(net, x, t), ours, rtol=0, atol=1e-5) and ours.std() > .1
+
+
+def test_both_unets_have_the_same_gradients():
+    net, x, t = worn(UNet(4, 4, 8, (1, 2), 1, {2}, 8)), torch.randn(2, 4, 8, 8), torch.rand(2)
+    grads = []
+    for forward in (net, lambda *given: authors.unet(net, *given)):
+        net.zero_grad()
+        forward(x, t).square().mean().backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_under_autocast_the_authors_norms_are_float32_and_their_output_bfloat16():
+    net, x = worn(UNet(4, 4, 8, (1, 2), 1, {2}, 8)), torch.randn(2, 4, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = authors.unet(net, x, torch.rand(2)), net(x, torch.rand(2))
+    assert theirs.dtype == ours.dtype == torch.bfloat16
+
+
+def latent_flow(tmp_path, **given):
+    """Networks of the flow of a small autoencoder's latents, with the authors' scale."""
+    torch.save(worn(AutoencoderKL(3, 8, (1, 2), 1, 4)).state_dict(), tmp_path / "autoencoder.pt")
+    config = symmflow.configure(**dict(data="toy", recipe="paper", size=16, channels=8, mult="1,2", head_channels=8, baseline=False, latent="rgb",
+                                       autoencoder=str(tmp_path / "autoencoder.pt"), latent_scale=authors.SCALE) | given)
+    nets = symmflow.build(config, dict(channels=3, classes=list(range(5)), multilabel=False))
+    worn(nets.unet)
+    return config, nets
+
+
+def calls_of(codec):
+    calls = Counter()
+    for name in ("encoder", "decoder"):
+        getattr(codec, name).register_forward_hook(lambda module, args, out, name=name: calls.update({name: len(out)}))
+    return calls
+
+
+@torch.no_grad()
+def test_the_authors_latent_classification_has_the_same_distances_and_decodes_an_image_more(tmp_path):
+    config, nets = latent_flow(tmp_path)
+    x, noise, calls = colour(3, 16), torch.randn(3, 4, 8, 8), calls_of(nets.codec.net)
+    theirs = authors.classify_latents(nets.codec.net, nets.unet, nets.codes, x, noise)
+    assert calls == {"encoder": 3, "decoder": 6}
+    calls.clear()
+    ours = symmflow.classify(nets, config, x, noise[:, None])
+    assert calls == {"encoder": 3, "decoder": 3}
+    assert close(ours.d, theirs) and torch.equal(ours.p.argmax(1), theirs.argmin(1)) and theirs.std() > .1
+
+
+@torch.no_grad()
+def test_the_authors_encode_image_and_label_map_at_every_step_and_we_once_an_image_and_once_a_class(tmp_path):
+    config, nets = latent_flow(tmp_path)
+    x, calls = colour(6, 16), calls_of(nets.codec.net)
+    batch = Batch(x, LABELS, LABELS.numpy() * 10 + range(6), LABELS.numpy() * 0)
+    for _ in range(3):
+        theirs = authors.encode_latents(nets.codec.net, nets.codes, 0., x, LABELS)
+    assert calls == {"encoder": 36}
+    calls.clear()
+    for _ in range(3):
+        ours = nets.encode(x, batch), nets.label_map(LABELS, (8, 8))
+    assert calls == {"encoder": 6 + 5}
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-3, atol=1e-4) and close(ours[1], theirs[1])
+
+
+def test_on_the_grid_we_need_a_fifth_of_the_authors_multiply_adds(monkeypatch, capsys):
+    """Counted without memory, at the paper's size: 256 pixels, latents of 32 x 32, 128 channels."""
+    class Codec:
+        def __init__(self, path):
+            self.net, self.id, self.channels, self.latent = AutoencoderKL(), 0, 3, 4
+
+    monkeypatch.setattr(symmflow, "Codec", Codec)
+    config = symmflow.configure(data="bloodmnist", recipe="paper", size=256, latent="grid", codes="onehot", autoencoder="none", channels=128, baseline=False)
+    with torch.device("meta"):
+        nets = symmflow.build(config, dict(channels=3, classes=list(range(8)), multilabel=False))
+        theirs, x, noise, z, codes, t = UNet(8, 8, 128, (1, 2, 2, 2), 2, {2}, 64), *(torch.empty(size) for size in (
+            (1, 3, 256, 256), (1, 4, 32, 32), (1, 8, 32, 32), (8, 3), 1))
+    nets.codec_id, codec, counts = torch.tensor(0), nets.codec.net, {}          # the one number that must be there
+    for name, work in (("ours", lambda: symmflow.classify(nets, config, x, z[:, None])), ("encoder", lambda: codec.encode(x)),
+                       ("theirs", lambda: authors.classify_latents(codec, theirs, codes, x, noise)), ("net", lambda: authors.unet(theirs, z, t))):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            work()
+        counts[name] = counter.get_total_flops() / 2e9
+    with capsys.disabled():
+        print("\nGMAC an image at 256 pixels: " + ", ".join(f"{name} {value:.1f}" for name, value in counts.items()), end=" ")
+    assert counts["encoder"] == pytest.approx(136, abs=1) and counts["net"] == pytest.approx(6.2, abs=.1)
+    assert counts["theirs"] == pytest.approx(136 + 6.2 + 622, abs=2)
+    assert counts["ours"] <= counts["theirs"] / 5

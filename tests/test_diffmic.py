@@ -1450,7 +1450,7 @@ def test_fine_tuning_takes_the_weights_and_not_the_temperature(tmp_path):
                                         facts=dict(classes=toy.CLASSES, channels=3, multilabel=False)))
     torch.manual_seed(1)
     nets = diffmic.build(config, dict(channels=3, classes=toy.CLASSES, multilabel=False))
-    diffmic.initialise(nets, dataclasses.replace(config, init=str(tmp_path / "best.pt")))
+    diffmic.initialise(nets, None, dataclasses.replace(config, init=str(tmp_path / "best.pt")))
     assert nets.temperature == 1
     assert all(torch.equal(a, b) for (k, a), b in zip(nets.state_dict().items(), other.state_dict().values()) if k != "temperature")
 

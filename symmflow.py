@@ -1,0 +1,644 @@
+"""MedSymmFlow: one flow from an image to its label map, and back from a label map to an image.
+
+Caetano et al., "MedSymmFlow: Bridging Generative Modeling and Classification in Medical Imaging through Symmetrical Flow
+Matching", DGM4MICCAI 2025, arXiv 2507.19098; after SymmFlow, Caetano et al., AAAI 2026, arXiv 2506.10634. The label becomes a
+picture of one colour. Image x and label map y are noised at opposite ends of one path, and one U-Net learns the velocity of
+both. Followed from t = 1 to 0 it turns the image into its label map: the class; from t = 0 to 1 a label map into an image.
+
+    x_t = (1 - (1 - s) t) xi_x + t x          v_x = x - (1 - s) xi_x        xi_x, xi_y ~ N(0, I)       `path`
+    y_t = (1 - (1 - s) t) y + t xi_y          v_y = xi_y - (1 - s) y        one t ~ U(0, 1) an image
+    L = w |v_x_hat - v_x|^2 + (1 - w) |v_y_hat - v_y|^2,  means over all entries; w = 0.7              `loss`
+    dz/dt = v(z_t, t),  z = (x, y): Euler or Heun, t: 1 -> 0 classifies, t: 0 -> 1 draws               `flow`
+    d_k = mean over pixels |y_0(p) - c_k|;  the class is the nearest colour, d its uncertainty         `classify`
+
+    python symmflow.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
+    python symmflow.py --data retinamnist --root DIR --scale small
+    python symmflow.py eval --checkpoint RUN/best.pt
+    python symmflow.py predict --checkpoint RUN/best.pt a.jpg folder/
+    python symmflow.py sample --checkpoint RUN/best.pt --label 3 -n 64
+"""
+# ============================================================================= 2 imports
+import dataclasses
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from common import metrics, plots, run  # before torch, whose threads it tells how to wait
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.autoencoder import autoencoder_from
+from common.mmd import mmd_polynomial
+from common.resnet import ResNet
+from common.unet import UNet
+from data import Batches, DataError, load_for, read_split
+
+METHOD = "symmflow"
+
+
+# ============================================================================= 3 settings
+@dataclass
+class Config:
+    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    # --- data ---
+    data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
+    root: str = ""  # its folder; none: data/raw/NAME
+    size: int = 32  # [8..2048] pixels a side, a multiple of 8; 28 is padded to 32
+    split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
+    fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
+    limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
+    skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
+    augment: str = "hflip,vflip"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
+    balanced: bool = False  # draw every class equally often
+    # --- model ---
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the guide's backbones
+    init: str = ""  # checkpoint of another run to start from (fine-tuning)
+    # --- training ---
+    epochs: int = 1000  # [1..] passes over the training images
+    pretrain_epochs: int = 0  # [0..] passes before them: of the plain ResNet alone
+    batch_size: int = 64  # [2..] images a step, over all processes
+    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory (2 images each at least)
+    eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
+    lr: float = 5e-4  # [0..] peak learning rate of AdamW
+    warmup: float = 0.1  # [0..1] share of the steps over which it rises, before a cosine to 1e-6
+    clip: float = 0.  # [0..] largest gradient norm; 0: no clipping
+    ema: float = 0.999  # [0..1] decay of the weights' moving average, which is what is evaluated
+    baseline: bool = True  # train a plain ResNet on the same batches, as a control
+    select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc"] = "accuracy"  # validation metric that picks the epoch
+    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
+    compile: bool = False  # torch.compile the networks: slower start, faster steps
+    # --- output ---
+    output: str = ""  # the run's folder; none: the next free runs/METHOD-DATA-SCALE-RECIPE-sSEED
+    # --- method ---
+    width: int = 64  # [8..] channels in the first stage of the plain ResNet
+    channels: int = 64  # [8..] of the U-Net's first level
+    mult: str = "1,2,2,2"  # channels of each level, in multiples
+    blocks: int = 2  # [1..] residual blocks a level
+    attention: str = "2"  # downsampling factors at which there is attention
+    head_channels: int = 64  # [1..] of an attention head
+    latent: Literal["none", "rgb", "grid"] = "none"  # flow of an autoencoder's latents; label map encoded too (rgb), or codes on their grid
+    autoencoder: str = ""  # its file: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a Mediffusion run's autoencoder.pt
+    latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured; 0.18215 is the paper's
+    codes: Literal["rgb", "grey", "onehot", "simplex"] = "rgb"  # colour of a class: the paper's palette, SymmFlow's grey, or equidistant codes
+    beta: float = 4.  # [0..] dequantisation noise of label maps, half its width in grey levels
+    sigma_min: float = 0.  # [0..1] s of the path; the authors' code: 1e-4
+    image_weight: float = 0.7  # [0..1] w of the loss
+    time_scale: float = 1.  # [0..] t is multiplied by it before its embedding; 1 leaves the embedding nearly flat
+    t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
+    steps: int = 1  # [1..] of the flow when it classifies
+    draw_steps: int = 25  # [1..] of the flow when it draws images
+    solver: Literal["euler", "heun"] = "euler"  # one network call a step, or two
+    samples: int = 1  # [1..] noise draws whose label maps are averaged
+    decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
+    calibrate: bool = False  # fit the softmax's temperature on validation
+    uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by
+    generated: int = 500  # [0..] images drawn to be measured at the end; 0: none
+    multiple = property(lambda self: 2 ** self.mult.count(","))         # of which the sides of an image must be
+
+
+SMALL = dict(epochs=20, batch_size=32, ema=0.99, width=8, channels=16, head_channels=16, blocks=1, lr=2e-3, generated=200)
+PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, samples=4, calibrate=True, uncertainty="entropy")
+SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # of a checkpoint's user
+BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "pneumoniamnist": dict(augment="")}
+
+
+def configure(**given):
+    """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
+    return run.configure(Config, given, SMALL, PLUS, BY_DATA)
+
+
+# ============================================================================= 4 the method
+def class_codes(kind, K, beta=4.):
+    """The colours c_k of K classes, (K, D), and the half-width of their dequantisation noise, in units of [-1, 1]."""
+    if kind == "rgb":                                                   # K of 64 colours, each channel 0, 75, 150 or 225
+        index = torch.linspace(0, 63, K, dtype=torch.float64).floor().long()
+        colours = torch.stack([index // 16, index // 4 % 4, index % 4], 1) * 75
+        return colours / 127.5 - 1, beta / 2 / 127.5
+    if kind == "grey":                                                  # -beta/2 .. beta/2: outside of [-1, 1]
+        return (torch.linspace(-1, 1, K) * beta / 2)[:, None], beta / 4 / (K - 1)
+    onehot = 2 * torch.eye(K) - 1
+    if kind == "onehot":
+        return onehot, beta / 2 / 127.5
+    centred = onehot - onehot.mean(0)                                   # simplex: the same K points in K - 1 dimensions
+    return torch.linalg.svd(centred.double())[0][:, :K - 1].float() * 2 ** .5, beta / 2 / 127.5
+
+
+def label_map(codes, noise_width, y, size, noise=True):
+    """Labels y (B,) -> (B, D, H, W) in the colour of the class, with uniform noise a pixel and channel."""
+    maps = codes[y][:, :, None, None].expand(-1, -1, *size)
+    return maps + noise_width * (2 * torch.rand_like(maps) - 1) if noise else maps
+
+
+def path(x, y, xi_x, xi_y, t, s):
+    """Point and velocity of the path at t (B,): ((x_t, y_t), (v_x, v_y))."""
+    t = t.view(-1, 1, 1, 1)
+    return (((1 - (1 - s) * t) * xi_x + t * x, (1 - (1 - s) * t) * y + t * xi_y), (x - (1 - s) * xi_x, xi_y - (1 - s) * y))
+
+
+def velocity(unet, config, x, y, t):
+    """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
+    v = unet(torch.cat([x, y], 1), t * config.time_scale).float()
+    return v[:, :x.shape[1]], v[:, x.shape[1]:]
+
+
+def loss(nets, config, x, y):
+    """The flow-matching loss of images, or latents, x and label maps y -> dict of scalars, and the error of v_y by tenths of t."""
+    t = torch.rand(len(x), device=x.device)
+    end = torch.rand(len(x), device=x.device) < config.t_one
+    t = torch.where(end, 1., t)
+    (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), torch.randn_like(y), t, config.sigma_min)
+    hat_x, hat_y = velocity(nets.unet, config, x_t, y_t, t)
+    error_x, error_y = ((hat_x - v_x) ** 2).mean((1, 2, 3)), ((hat_y - v_y) ** 2).mean((1, 2, 3))
+    losses = {"image": (error_x * ~end).sum() / (~end).sum().clamp_min(1), "label": error_y.mean()}
+    losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
+    tenth = F.one_hot((t * 10).long().clamp_max(9), 10).float()
+    losses["label_by_t"] = torch.stack([tenth.T @ error_y.detach(), tenth.sum(0)])
+    return losses
+
+
+def train_step(nets, ema, config, batch, joint):
+    """One batch -> dict of losses; "loss" is what is differentiated. joint=False: the plain ResNet alone."""
+    losses = {}
+    if nets.resnet is not None:                                         # the control: shares images, not weights
+        losses["resnet"] = F.cross_entropy(nets.resnet(batch.x), batch.y)
+    if joint:
+        x = nets.encode(batch.x, batch)
+        losses |= loss(nets, config, x, nets.label_map(batch.y, x.shape[2:]))
+    losses["loss"] = sum(losses[k] for k in ("resnet", "flow") if k in losses)
+    return losses
+
+
+def flow(unet, config, x, y, start, end, steps):
+    """Follows dz/dt = v from t = start to end in equal steps: the states [(x, y), ...], steps + 1 of them."""
+    states, times = [(x, y)], torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
+    for t, s in zip(times, times[1:]):
+        x, y = states[-1]
+        at = lambda time: torch.full((len(x),), time, device=x.device)
+        v_x, v_y = velocity(unet, config, x, y, at(t))
+        if config.solver == "heun":                                     # the mean of both ends of the Euler step
+            w_x, w_y = velocity(unet, config, x + (s - t) * v_x, y + (s - t) * v_y, at(s))
+            v_x, v_y = (v_x + w_x) / 2, (v_y + w_y) / 2
+        states.append((x + (s - t) * v_x, y + (s - t) * v_y))
+    return states
+
+
+class Prediction(NamedTuple):
+    p: torch.Tensor                     # (B, K) probabilities
+    votes: torch.Tensor                 # (B, K) share of the pixels nearest to each colour
+    d: torch.Tensor                     # (B, K) mean distance of the label map to each colour
+    distance: torch.Tensor              # (B,) d of the class: the paper's uncertainty
+    entropy: torch.Tensor               # (B,) of p, over log K: 0 sure .. 1 no idea
+    margin: torch.Tensor                # (B,) 1 - (largest p - second)
+    spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
+    y: torch.Tensor                     # (B, D, H, W) the label map, mean of the draws
+
+
+def distances(y, codes, kind):
+    """Label maps y (..., D, H, W) -> d (..., K): the mean of the pixels' distances for the palette, as in the paper; else the
+    distance of the mean, which pixel noise does not lift."""
+    if kind == "rgb":
+        return (y.movedim(-3, -1)[..., None, :] - codes).norm(dim=-1).mean((-3, -2))
+    return (y.mean((-2, -1))[..., None, :] - codes).norm(dim=-1)
+
+
+def classify(nets, config, x, noise):
+    """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: one call of the network an image, draw and step."""
+    B, S = noise.shape[:2]
+    y = flow(nets.unet, config, nets.encode(x).repeat_interleave(S, 0), noise.flatten(0, 1), 1., 0., config.steps)[-1][1].unflatten(0, (B, S))
+    y = nets.decode_map(y)
+    each, y = distances(y, nets.codes, config.codes), y.mean(1)
+    d = distances(y, nets.codes, config.codes)
+    votes = F.one_hot(distances(y.movedim(1, -1)[..., None, None], nets.codes, config.codes).argmin(-1), nets.classes).float().mean((1, 2))
+    if config.decision == "mode":
+        logits = votes.clamp_min(1e-3).log()
+    elif config.codes in ("onehot", "simplex"):                         # one step ends at the sum of p(k | x) c_k: p can be read off
+        logits = barycentric(y.mean((2, 3)), nets.codes).clamp_min(1e-3).log()
+    else:
+        logits = -d / .2
+    p = (logits / nets.temperature).softmax(1)
+    best, top = p.argmax(1, keepdim=True), p.topk(2, 1).values
+    entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(nets.classes)
+    spread = (each.argmin(2) != best).float().mean(1)
+    return Prediction(p, votes, d, d.gather(1, best)[:, 0], entropy, 1 - (top[:, 0] - top[:, 1]), spread, y)
+
+
+def barycentric(y, codes):
+    """The weights (B, K), summing to 1, with which equidistant codes (K, D) give y (B, D); noise may make some negative."""
+    centre = codes.mean(0)
+    scale = (codes[0] - centre).square().sum() * len(codes) / (len(codes) - 1)
+    # a sum and no matrix product, which autocast would round to bfloat16
+    return ((y - centre).float()[:, None] * (codes - centre)).sum(-1) / scale + 1 / len(codes)
+
+
+def draw(nets, config, labels, noise):
+    """Labels (B,) and noise (B, channels, H, W), or of latents -> images in [-1, 1]: t = 0 -> 1."""
+    y = nets.label_map(labels, noise.shape[2:], noise=False)
+    return nets.decode(flow(nets.unet, config, noise, y, 0., 1., config.draw_steps)[-1][0]).clamp(-1, 1)
+
+
+# ============================================================================= 5 networks
+class Codec:
+    """A frozen autoencoder from a file. It is not stored in checkpoints, which know it by `id`; a copy of a network shares it."""
+
+    def __init__(self, path):
+        try:
+            self.net = autoencoder_from(run.load_weights(path))
+        except ValueError as fault:
+            raise run.UserError(f"--autoencoder {path}: {fault}") from None
+        self.id, self.path = run.file_id(path), path
+        self.channels, self.latent = self.net.decoder.conv_out.out_channels, self.net.post_quant_conv.in_channels
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Networks(nn.Module):
+    """The flow's U-Net, the plain ResNet, and how images and labels become what flows: pixels, or latents of a frozen autoencoder."""
+
+    def __init__(self, config, channels, classes):
+        super().__init__()
+        self.classes, self.channels, self.config, self.latents = classes, channels, config, {}
+        self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet") if config.baseline else None
+        codes, self.noise_width = class_codes(config.codes, classes, config.beta)
+        self.codec = Codec(config.autoencoder) if config.latent != "none" else None
+        n_x = self.codec.latent if self.codec else channels             # channels of what flows: x, and y
+        self.n_y = n_x if config.latent == "rgb" else codes.shape[1]
+        mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
+        self.unet = UNet(n_x + self.n_y, n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels)
+        self.register_buffer("codes", codes.float())
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))
+        self.register_buffer("codec_id", torch.tensor(self.codec.id if self.codec else 0))
+
+    def shapes(self, size):
+        """Of x and y, as they flow, for images of `size` pixels a side."""
+        if not self.codec:
+            return (self.channels, size, size), (self.n_y, size, size)
+        side = size // self.codec.net.multiple
+        return (self.codec.latent, side, side), (self.n_y, side, side)
+
+    def check_codec(self):
+        if int(self.codec_id) != self.codec.id:
+            raise run.UserError(f"--autoencoder {self.codec.path}: is not the one that this model was trained with")
+
+    @torch.no_grad()
+    def encode(self, x, batch=None):
+        """Images (B, channels, H, W) -> what flows. Latents are the posterior's mean; those of a training batch are computed once."""
+        if not self.codec:
+            return x
+        self.check_codec()
+        self.codec.net.to(x.device)
+        keys = [] if batch is None or (batch.variant < 0).any() else (batch.index * 4 + batch.variant).tolist()
+        new = [i for i, key in enumerate(keys) if key not in self.latents] if keys else range(len(x))
+        if new:
+            images = x[list(new)].expand(-1, self.codec.channels, -1, -1) if self.channels == 1 else x[list(new)]
+            z = self.codec.net.encode(images)[0].float() * self.latent_scale
+            if not keys:
+                return z
+            self.latents |= {keys[i]: row for i, row in zip(new, z.half().cpu())}
+        return torch.stack([self.latents[key] for key in keys]).to(x.device).float()
+
+    @torch.no_grad()
+    def decode(self, z):
+        """What flows -> images (B, channels, H, W)."""
+        if not self.codec:
+            return z
+        self.check_codec()
+        x = self.codec.net.to(z.device).decode(z / self.latent_scale).float()
+        return x.mean(1, keepdim=True) if self.channels == 1 else x
+
+    @torch.no_grad()
+    def label_map(self, labels, size, noise=True):
+        """Labels (B,) -> label maps (B, D, *size) in the colours of the classes, or their latents, which are computed once and without noise."""
+        if self.config.latent != "rgb":
+            return label_map(self.codes, self.noise_width, labels, size, noise)
+        if "maps" not in self.latents:
+            pixels = [side * self.codec.net.multiple for side in size]
+            maps = label_map(self.codes, 0., torch.arange(self.classes, device=labels.device), pixels, noise=False)
+            self.latents["maps"] = self.codec.net.to(labels.device).encode(maps)[0].float()
+        return self.latents["maps"].to(labels.device)[labels] * self.latent_scale
+
+    def decode_map(self, y):
+        """Label maps (B, S, D, h, w) as they flow -> in colours; only --latent rgb needs the decoder for it."""
+        return y if self.config.latent != "rgb" else self.codec.net.decode(y.flatten(0, 1) / self.latent_scale).float().unflatten(0, y.shape[:2])
+
+
+def build(config, facts):
+    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    if facts["multilabel"]:
+        raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
+    if config.codes == "rgb" and len(facts["classes"]) > 64:
+        raise run.UserError(f"--codes rgb: has 64 colours for {len(facts['classes'])} classes; take onehot or simplex")
+    if config.latent != "none" and not config.autoencoder:
+        raise run.UserError(f"--latent {config.latent}: needs --autoencoder FILE")
+    if config.latent == "rgb" and config.codes != "rgb":
+        raise run.UserError(f"--latent rgb --codes {config.codes}: only the palette can be encoded as a picture; take --latent grid")
+    try:
+        nets = Networks(config, facts["channels"], len(facts["classes"]))
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
+        raise run.UserError(f"--mult {config.mult} --attention {config.attention} --channels {config.channels} --head-channels {config.head_channels}: "
+                            f"no network can be made of these ({fault})") from None
+    if nets.codec and nets.codec.channels == 1 and (facts["channels"] == 3 or config.latent == "rgb"):
+        raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images and --latent rgb need one of colour images")
+    multiple = config.multiple * (nets.codec.net.multiple if nets.codec else 1)
+    if config.size % multiple:
+        low = config.size // multiple * multiple
+        raise run.UserError(f"--size {config.size}: must be a multiple of {multiple}; take {f'{low} or ' * (low > 0)}{low + multiple}")
+    return nets
+
+
+def initialise(nets, data, config):
+    """Measures the latents' spread on some training images; loads the weights of another run, where asked for."""
+    if nets.codec and not config.latent_scale:
+        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device)))
+        nets.latent_scale.div_(nets.encode(some.x).std())
+    if config.init:
+        run.load_init(nets, config.init, METHOD)
+
+
+def parameter_groups(nets, config):
+    """AdamW's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
+    groups = {"resnet": nets.resnet, "flow": nets.unet}
+    return [dict(name=name, params=list(net.parameters()), lr=config.lr, peak=config.lr, clip=config.clip, weight_decay=0.) for name, net in groups.items() if net]
+
+
+def learning_rate(config, group, epoch):
+    """One-cycle: from 1e-6 to the peak on a cosine over the warm-up, then on a cosine to 1e-6."""
+    begin = config.pretrain_epochs if group["name"] == "flow" else 0
+    done, low = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin), min(1e-6, group["peak"])
+    if done < config.warmup:
+        return low + (group["peak"] - low) * (1 - math.cos(math.pi * done / config.warmup)) / 2
+    return low + (group["peak"] - low) * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup))) / 2
+
+
+# ============================================================================= 6 evaluation
+KINDS = ("distance", "entropy", "margin", "spread")
+
+
+@torch.no_grad()
+def classified(nets, split, config, device):
+    """Batch by batch of a split: the batch and its Prediction. The noise of an image depends on (seed, id) alone."""
+    shape = (config.samples, *nets.shapes(config.size)[1])
+    for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
+        with run.autocast(config, device):
+            yield batch, classify(nets, config, batch.x, run.image_noise(config.seed, [split.ids[i] for i in batch.index], shape, device))
+
+
+@torch.no_grad()
+def evaluate(nets, split, config, device, joint=True):
+    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first."""
+    nets.eval()
+    rows = defaultdict(list)
+    for batch, out in classified(nets, split, config, device):
+        for kind, value in [(METHOD, out.p), *((kind, getattr(out, kind)) for kind in KINDS)]:
+            rows[kind].append(value)
+        if nets.resnet is not None:
+            with run.autocast(config, device):
+                rows["resnet"].append(nets.resnet(batch.x).float().softmax(1))
+    rows = run.gather({k: torch.cat(v).cpu().numpy().astype(np.float64) for k, v in rows.items()})
+    uncertainty = {k: rows.pop(k) for k in KINDS}
+    return rows, uncertainty
+
+
+def calibrate(nets, split, config, device):
+    """Fits the temperature by the likelihood of a validation split."""
+    if config.calibrate:
+        nets.temperature.fill_(1)
+        predictions, _ = evaluate(nets, split, config, device)
+        nets.temperature.div_(metrics.sharpness(split.labels, predictions[METHOD]))
+
+
+@torch.no_grad()
+def measure(nets, data, config, device, figures):
+    """On validation: accuracy, calibration and time against steps; both decisions and the paper's AUROC; then what drawn images are worth."""
+    val, table = data.val, []
+    for steps in sorted({1, 2, 5, 10, 25, config.steps}):
+        began = time.monotonic()
+        predictions, _ = evaluate(nets, val, dataclasses.replace(config, steps=steps), device)
+        m = metrics.summary(val.labels, predictions[METHOD])
+        table.append({"steps": steps, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(val)})
+    d, votes = (torch.cat(parts).cpu().numpy() for parts in zip(*((out.d, out.votes) for _, out in classified(nets, val, config, device))))
+    rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
+             "auroc_distance": metrics.auroc(val.labels, -d)}
+    return {"validation_by_steps": table, "validation_by_rule": rules, "drawn": measure_drawn(nets, data, config, device, figures)}
+
+
+def measure_drawn(nets, data, config, device, figures):
+    """Images drawn with the labels of n validation images. Are they copies of training images, how far are they from real ones, and
+    does the plain ResNet, which shares no weight with the flow, see the label asked for? Beside each: n real training images."""
+    n = min(config.generated, len(data.val), len(data.train))
+    if n < 2:
+        return {}
+    labels, real = data.val.labels[:n], data.val.images[:n]
+    drawn = draw_images(nets, config, labels, [f"drawn-{i}" for i in range(n)], device)
+    some = data.train.images[np.sort(np.random.default_rng(config.seed).permutation(len(data.train))[:n])]
+    (near, where), (near_real, _) = (nearest(x, data.train.images, device) for x in (drawn, real))
+    of_class = {name: drawn[labels == k][:8] for k, name in enumerate(data.classes) if (labels == k).any()}
+    plots.image_grid(figures / "drawn.png", list(of_class.values()), row_names=list(of_class), title=f"Drawn in {config.draw_steps} steps")
+    rows = near.argsort()[:8]
+    plots.image_grid(figures / "nearest.png", [drawn[rows], data.train.images[where[rows]]], row_names=["drawn", "nearest in training"],
+                     title="The drawn images that are closest to a training image")
+    found = {"images": n, "distance_to_training": float(np.median(near)), "distance_of_validation": float(np.median(near_real))}
+    if nets.resnet is not None:
+        (seen, x), (seen_real, y), (_, z) = (judge(nets.resnet, images, device) for images in (drawn, real, some))
+        found |= {"label_agreement": metrics.accuracy(labels, seen), "label_agreement_of_validation": metrics.accuracy(labels, seen_real)}
+        for name, features in (("drawn", x), ("training", z)):
+            found[f"frechet_{name}_to_validation"] = metrics.frechet_distance(features, y)
+            found[f"kernel_{name}_to_validation"] = float(mmd_polynomial(torch.from_numpy(features), torch.from_numpy(y)))
+    return found
+
+
+@torch.no_grad()
+def draw_images(nets, config, labels, ids, device):
+    """Images uint8 (N, channels, H, W) of labels (N,), each with the noise of its id."""
+    images, shape = [], nets.shapes(config.size)[0]
+    for i in run.progress(range(0, len(labels), config.eval_batch_size), "draw"):
+        part = slice(i, i + config.eval_batch_size)
+        with run.autocast(config, device):
+            x = draw(nets, config, torch.as_tensor(labels[part], device=device), run.image_noise(config.seed, ids[part], shape, device))
+        images.append(to_uint8(x))
+    return np.concatenate(images)
+
+
+def to_uint8(x):
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+
+
+def nearest(images, among, device, chunk=1000):
+    """Of each image uint8 (N, ...): root mean square distance in grey levels to the closest of `among`, and which it is, both (N,)."""
+    x, best = torch.from_numpy(np.array(images)).to(device).flatten(1).float(), None
+    for i in range(0, len(among), chunk):
+        y = torch.from_numpy(np.array(among[i:i + chunk])).to(device).flatten(1).float()
+        value, where = (torch.cdist(x, y) / x.shape[1] ** .5).min(1)
+        best = (value, where) if best is None else (torch.minimum(best[0], value), torch.where(value < best[0], where + i, best[1]))
+    return best[0].cpu().numpy(), best[1].cpu().numpy()
+
+
+@torch.no_grad()
+def judge(resnet, images, device):
+    """The plain ResNet's labels (N,) and pooled features (N, dim) float64 of images uint8."""
+    features = torch.cat([resnet.features(x.to(device).float() / 127.5 - 1).float().mean((2, 3)) for x in torch.from_numpy(np.array(images)).split(128)])
+    return resnet.fc(features).argmax(1).cpu().numpy(), features.double().cpu().numpy()
+
+
+PANELS = [("Losses", "loss", ["image", "label", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
+
+
+# ============================================================================= 7 setup
+def train(config, resume=None):
+    """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
+
+    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    """
+    device = run.start(config)
+    out = run.choose_folder(config, METHOD, resume)
+    with run.first_process_first():
+        data = load_for(config)
+    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    torch.manual_seed(config.seed)
+    nets = run.place(build(config, facts), device)
+    if resume is None:
+        initialise(nets, data, config)
+    if device.type == "cuda" and run.world() > 1:
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    state = run.State(METHOD, config, facts, nets, torch.optim.AdamW(parameter_groups(nets, config), fused=True))
+    if resume is not None:
+        state.load(out / "last.pt")
+    if config.compile:
+        for net in nets.children():
+            net.compile()
+    run.make_folder(out, config)
+    run.describe(config, data, METHOD, nets, device)
+    total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
+    finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
+
+    # ========================================================================= 8 training loop
+    with run.defer_signals(lambda: (finite.flush(), state.save(out / "last.pt")), f"go on with --resume {out}"):
+        while len(state.history) < total:
+            epoch, began, waited = len(state.history), time.monotonic(), 0.
+            joint = epoch >= config.pretrain_epochs
+            if state.step < (epoch + 1) * steps:                        # else: stopped between training and validation
+                nets.train()
+                batches = Batches(data.train, config.batch_size, device, True, config.seed, [a for a in config.augment.split(",") if a],
+                                  config.balanced, state.step, run.rank(), run.world())
+                ready = time.monotonic()
+                for batch in run.progress(batches, f"epoch {epoch + 1}/{total}", start=state.step % steps):
+                    waited += time.monotonic() - ready
+                    torch.manual_seed(run.seed_of(config.seed, state.step, run.rank()))     # a resumed run draws the same numbers
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = learning_rate(config, group, state.step / steps)
+                    state.optimizer.zero_grad(set_to_none=True)
+                    for part in batch.split(config.grad_accum):
+                        with run.autocast(config, device):
+                            losses = train_step(nets, state.ema, config, part, joint)
+                        (losses["loss"] * len(part.y) / len(batch.y)).backward()
+                        state.add(losses, len(part.y) / len(batch.y))
+                    run.average_gradients(nets.parameters())
+                    norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
+                    finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
+                    state.optimizer.step()
+                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
+                    state.step += 1
+                    ready = time.monotonic()
+                finite.flush()
+            row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
+            predictions, _ = evaluate(state.ema, data.val, config, device, joint)
+            row |= run.validation(data.val, predictions, METHOD)
+            state.keep_best(row, config.select, out / "best.pt")
+            state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
+
+    # ========================================================================= 9 end
+    best = state.load_best(out / "best.pt")
+    calibrate(state.ema, data.val, config, device)
+    state.write_best(best, out / "best.pt")
+    specific = measure(state.ema, data, config, device, out / "figures")
+    predictions, uncertainty = evaluate(state.ema, data.test, config, device)
+    result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
+    run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
+    return run.report(state, out, result, specific, device)             # last: a run with metrics.json is finished
+
+
+# ============================================================================= 10 commands
+def sample_command(checkpoint, label, n=16, output="", **given):
+    """Draws n images of a class: a picture each, and all in one grid."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    classes = facts["classes"]
+    if n < 1:
+        raise run.UserError(f"-n {n}: 1 or more")
+    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
+        raise run.UserError(f"--label {label}: no such class; take one of {', '.join(classes)}, or its number 0..{len(classes) - 1}")
+    k = classes.index(label) if label in classes else int(label)
+    ids = [f"{classes[k]}-{i:04d}" for i in range(n)]
+    images = draw_images(nets, config, np.full(n, k), ids, device)
+    out = run.result_folder(output, checkpoint, "sample", config)
+    for name, image in zip(ids, images):
+        plots.picture(image).save(out / f"{run.file_name(name)}.png")
+    print(f"{n} images of {classes[k]}: {plots.image_grid(out / 'samples.png', images, title=classes[k])}")
+
+
+@torch.no_grad()
+def explain_command(checkpoint, paths=(), limit=8, output="", **given):
+    """A picture an image: the label map it flows to, five points of the way, and from its own noise an image of every class."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=max(1, limit)), facts).test, [])
+    split, classes, out = split if paths else first(split, limit), facts["classes"], run.result_folder(output, checkpoint, "explain", config)
+    for batch, found in classified(nets, split, config, device):
+        noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], nets.shapes(config.size)[1], device)
+        with run.autocast(config, device):
+            way = flow(nets.unet, config, nets.encode(batch.x), noise, 1., 0., config.draw_steps)
+            own = way[-1][0]                                            # the noise that the image flows to
+            stops = [round(j * config.draw_steps / 4) for j in range(5)]
+            way = [(nets.decode(way[j][0]), nets.decode_map(way[j][1][None])[0]) for j in stops]
+            of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
+        for i, row in enumerate(batch.index):
+            name, p = Path(split.ids[row]).name, found.p[i].tolist()
+            rows = [[split.images[row], *(to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
+                    [as_picture(nets, config, found.y[i])], [to_uint8(x[i]) for x in of_class]]
+            best = max(range(len(p)), key=p.__getitem__)
+            true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
+            captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}"]]
+            captions.append([f"{c}\np {q:.3f}" for c, q in zip(classes, p)])
+            plots.image_grid(out / f"{row:04d}-{run.file_name(Path(name).stem)}.png", rows, captions,
+                             ["image to noise", "noise to label map", f"{config.steps} step, {config.samples} draws", "its noise as each class"],
+                             title=f"{name}: {classes[best]}{true}")
+    print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
+
+
+def as_picture(nets, config, y):
+    """A label map (D, H, W) as an image: its colours, of codes without any the paper's palette by the weights of the classes."""
+    if config.codes == "rgb":
+        return to_uint8(y)
+    if config.codes == "grey":
+        return to_uint8(y / config.beta * 2)
+    weights = barycentric(y.flatten(1).T, nets.codes).clamp(0, 1)                       # (HW, K)
+    palette = class_codes("rgb", nets.classes)[0].float().to(y.device)
+    return to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
+
+
+def first(split, n):
+    """The first n images of a split."""
+    return dataclasses.replace(split, images=split.images[:n], labels=split.labels[:n], ids=split.ids[:n])
+
+
+def main(argv=None):
+    """The command line; returns the exit code. `train`, `eval` and `predict` are those of every method: common/run.py."""
+    label = {"--label": dict(required=True, help="class to draw, by name or number"), "-n": dict(type=int, default=16, metavar="N", help="how many; default 16")}
+    limit = {"--limit": dict(type=int, default=8, metavar="N", help="so many test images, where no image is given; default 8")}
+    return run.command_line(argv, sys.modules[__name__], {
+        "sample": (sample_command, ["draw_steps", "seed", *SAMPLING], "Draw images of a class.", label),
+        "explain": (explain_command, ["data", "root", "split", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
