@@ -493,7 +493,7 @@ def calibrate(nets, split, config, device):
 
 
 def measure(nets, data, config, device, figures):
-    """On validation, against reverse steps and draws: accuracy; ECE and NLL at the temperature of the full setting."""
+    """On validation, against reverse steps and draws: accuracy; ECE and NLL at the temperature of the full setting. No `figures`."""
     table = []
     if nets.denoiser is None:
         return {}

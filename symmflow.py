@@ -49,7 +49,7 @@ class Config:
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
-    size: int = 32  # [8..2048] pixels a side, a multiple of 8; 28 is padded to 32
+    size: int = 32  # [8..2048] pixels a side, a multiple of 8; of MedMNIST 28 are padded to 32
     split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
@@ -59,7 +59,7 @@ class Config:
     # --- model ---
     scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
-    pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the guide's backbones
+    pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
     # --- training ---
     epochs: int = 1000  # [1..] passes over the training images
@@ -129,7 +129,7 @@ def class_codes(kind, K, beta=4.):
     onehot = 2 * torch.eye(K) - 1
     if kind == "onehot":
         return onehot, beta / 2 / 127.5
-    centred = onehot - onehot.mean(0)                                   # simplex: the same K points in K - 1 dimensions
+    centred = onehot - onehot.mean(0)                                   # simplex: as equidistant, in K - 1 dimensions, 2 apart
     return torch.linalg.svd(centred.double())[0][:, :K - 1].float() * 2 ** .5, beta / 2 / 127.5
 
 
@@ -268,7 +268,8 @@ class Networks(nn.Module):
     def __init__(self, config, channels, classes):
         super().__init__()
         self.classes, self.channels, self.config, self.latents = classes, channels, config, {}
-        self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet") if config.baseline else None
+        self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet",
+                             bool(config.pretrained)) if config.baseline else None
         codes, self.noise_width = class_codes(config.codes, classes, config.beta)
         self.codec = Codec(config.autoencoder) if config.latent != "none" else None
         n_x = self.codec.latent if self.codec else channels             # channels of what flows: x, and y
@@ -358,7 +359,9 @@ def build(config, facts):
 
 
 def initialise(nets, data, config):
-    """Measures the latents' spread on some training images; loads the weights of another run, where asked for."""
+    """Measures the latents' spread on some training images; loads ImageNet weights and those of another run, where asked for."""
+    if config.pretrained and nets.resnet is not None:
+        run.load_pretrained(nets.resnet, config.pretrained)
     if nets.codec and not config.latent_scale:
         some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device)))
         nets.latent_scale.div_(nets.encode(some.x).std())

@@ -11,19 +11,16 @@ The keys of the state_dict are latent-diffusion's; `load_autoencoder` reads its 
 """
 import re
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import unet
 
-def norm(c):
-    """GroupNorm for c channels: 32 groups, or fewer, the most that leave at least two channels to a group.
 
-    A channel alone in its group loses its mean over the image: with 32 groups for 32 channels the last norm of the decoder would
-    wipe out what brightness and colour the picture has as a whole.
-    """
-    return nn.GroupNorm(max((g for g in range(1, 33) if c % g == 0 and 2 * g <= c), default=1), c, eps=1e-6)
+norm = partial(unet.norm, eps=1e-6)
 
 
 def conv(c_in, c, kernel=3):
@@ -69,15 +66,9 @@ def downsample(c):
     return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
 
-class Upsample(nn.Module):
-    """(B, c, H, W) -> (B, c, 2H, 2W): every pixel repeated, then a 3x3 convolution. No F.interpolate: see `Double` in common/unet.py."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = conv(c, c)
-
-    def forward(self, x):
-        return self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+def upsample(c):
+    """(B, c, H, W) -> (B, c, 2H, 2W): every pixel repeated, then a 3x3 convolution."""
+    return chain(enlarge=unet.Double(), conv=conv(c, c))
 
 
 class AutoencoderKL(nn.Module):
@@ -98,7 +89,7 @@ class AutoencoderKL(nn.Module):
         for i in range(len(mult)):
             down[f"{i}"] = level(c[i - 1] if i else width, c[i], blocks, downsample=downsample(c[i]) if i < last else nn.Identity())
         for i in reversed(range(len(mult))):
-            up[f"{i}"] = level(c[min(i + 1, last)], c[i], blocks + 1, upsample=Upsample(c[i]) if i else nn.Identity())
+            up[f"{i}"] = level(c[min(i + 1, last)], c[i], blocks + 1, upsample=upsample(c[i]) if i else nn.Identity())
         self.encoder = chain(conv_in=conv(channels, width), down=chain(**down), mid=middle(c[-1]),
                              norm_out=norm(c[-1]), silu=nn.SiLU(), conv_out=conv(c[-1], 2 * latent))
         self.decoder = chain(conv_in=conv(latent, c[-1]), mid=middle(c[-1]), up=chain(**up),

@@ -29,13 +29,13 @@ def sinusoid(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def norm(c):
+def norm(c, eps=1e-5):
     """GroupNorm for c channels: 32 groups, or the most that leave two channels to each.
 
     A channel alone in its group loses its mean, all that the time embedding adds to it (`ResBlock`): 32 groups would make
     a block of 32 channels blind to t and y.
     """
-    return nn.GroupNorm(max(g for g in range(1, 33) if c % g == 0 and 2 * g <= c), c)
+    return nn.GroupNorm(max((g for g in range(1, 33) if c % g == 0 and 2 * g <= c), default=c), c, eps)
 
 
 def zero(module):

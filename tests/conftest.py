@@ -25,6 +25,20 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes on two cores; skipped unless asked for")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For networks of a few channels one thread is as fast as two. Asked for by `pytestmark`, as is `seeded`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path_factory.mktemp("cache")))

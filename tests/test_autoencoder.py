@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import run
-from common.autoencoder import Attention, AutoencoderKL, Upsample, downsample, kl, load_autoencoder, norm, sample
+from common.autoencoder import Attention, AutoencoderKL, downsample, kl, load_autoencoder, norm, sample, upsample
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,7 +174,7 @@ def test_downsampling_equals_a_double_loop_with_zeros_right_and_below_only():
 
 @torch.no_grad()
 def test_upsampling_repeats_every_pixel_before_the_convolution():
-    module, x = Upsample(2), torch.arange(12.).view(1, 2, 2, 3)
+    module, x = upsample(2), torch.arange(12.).view(1, 2, 2, 3)
     module.conv.weight.copy_(F.pad(torch.eye(2)[..., None, None], (1, 1, 1, 1)))         # a convolution that changes nothing
     module.conv.bias.zero_()
     assert torch.equal(module(x), F.interpolate(x, scale_factor=2, mode="nearest"))

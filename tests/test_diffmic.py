@@ -31,17 +31,7 @@ CPU, ROOT = torch.device("cpu"), Path(diffmic.__file__).resolve().parent
 AB = linear_alpha_bar()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def tiny(**given):

@@ -34,12 +34,7 @@ from tests.test_medmnist import write as write_medmnist
 CPU, KINDS = torch.device("cpu"), ("rgb", "grey", "onehot", "simplex")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,11 +44,6 @@ def drawn_once():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(toy, "make", lambda seed, size, n=None: copy.copy(make(seed, size, tuple((n or {}).items()))))
         yield
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def tiny(**given):
