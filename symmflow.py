@@ -94,6 +94,9 @@ class Config:
     sigma_min: float = 0.  # [0..1] s of the path; the authors' code: 1e-4
     image_weight: float = 0.7  # [0..1] w of the loss
     time_scale: float = 1.  # [0..] t is multiplied by it before its embedding; 1 leaves the embedding nearly flat
+    label_loss: Literal["velocity", "map"] = "velocity"  # squared error of v_y, or of the label map that it leads to: t^2 of it
+    precondition: bool = False  # add the best linear guess of the velocity, (2t - 1) / (t^2 + (1 - t)^2) z_t, to what the U-Net gives
+    label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y: of each pixel, or one for all, which their mean does not cancel
     t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
@@ -103,13 +106,14 @@ class Config:
     calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by
     generated: int = 500  # [0..] images drawn to be measured at the end; 0: none
-    multiple = property(lambda self: 2 ** self.mult.count(","))         # of which the sides of an image must be
 
 
-SMALL = dict(epochs=20, batch_size=32, ema=0.99, width=8, channels=16, head_channels=16, blocks=1, lr=2e-3, generated=200)
-PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, samples=4, calibrate=True, uncertainty="entropy")
+SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=200)
+PLUS = dict(codes="onehot", time_scale=1000., t_one=.5, image_weight=.3, label_loss="map", label_noise="shared", precondition=True, samples=4,
+            calibrate=True, uncertainty="entropy")
+UPRIGHT = ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist")     # no flips: up and left mean something
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # of a checkpoint's user
-BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "pneumoniamnist": dict(augment="")}
+BY_DATA = {"folder": dict(augment="hflip"), "toy": dict(size=32), **{name: dict(augment="") for name in UPRIGHT}}
 
 
 def configure(**given):
@@ -147,7 +151,11 @@ def path(x, y, xi_x, xi_y, t, s):
 
 def velocity(unet, config, x, y, t):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
-    v = unet(torch.cat([x, y], 1), t * config.time_scale).float()
+    z = torch.cat([x, y], 1)
+    v = unet(z, t * config.time_scale).float()
+    if config.precondition:                                             # the U-Net adds to the best linear guess from z alone
+        t = t.view(-1, 1, 1, 1)
+        v = v + (2 * t - 1) / (t ** 2 + (1 - t) ** 2) * z
     return v[:, :x.shape[1]], v[:, x.shape[1]:]
 
 
@@ -156,10 +164,12 @@ def loss(nets, config, x, y):
     t = torch.rand(len(x), device=x.device)
     end = torch.rand(len(x), device=x.device) < config.t_one
     t = torch.where(end, 1., t)
-    (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), torch.randn_like(y), t, config.sigma_min)
+    xi_y = torch.randn_like(y if config.label_noise == "pixel" else y[:, :, :1, :1]).expand_as(y)
+    (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), xi_y, t, config.sigma_min)
     hat_x, hat_y = velocity(nets.unet, config, x_t, y_t, t)
     error_x, error_y = ((hat_x - v_x) ** 2).mean((1, 2, 3)), ((hat_y - v_y) ** 2).mean((1, 2, 3))
-    losses = {"image": (error_x * ~end).sum() / (~end).sum().clamp_min(1), "label": error_y.mean()}
+    weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map, and t as often off as v_y
+    losses = {"image": (error_x * ~end).sum() / (~end).sum().clamp_min(1), "label": (weight * error_y).mean()}
     losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
     tenth = F.one_hot((t * 10).long().clamp_max(9), 10).float()
     losses["label_by_t"] = torch.stack([tenth.T @ error_y.detach(), tenth.sum(0)])
@@ -275,6 +285,7 @@ class Networks(nn.Module):
         n_x = self.codec.latent if self.codec else channels             # channels of what flows: x, and y
         self.n_y = n_x if config.latent == "rgb" else codes.shape[1]
         mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
+        self.multiple = 2 ** (len(mult) - 1) * (self.codec.net.multiple if self.codec else 1)           # of which the sides of an image must be
         self.unet = UNet(n_x + self.n_y, n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels)
         self.register_buffer("codes", codes.float())
         self.register_buffer("temperature", torch.ones(()))
@@ -340,6 +351,8 @@ def build(config, facts):
         raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.codes == "rgb" and len(facts["classes"]) > 64:
         raise run.UserError(f"--codes rgb: has 64 colours for {len(facts['classes'])} classes; take onehot or simplex")
+    if config.codes == "grey" and not config.beta:
+        raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
     if config.latent != "none" and not config.autoencoder:
         raise run.UserError(f"--latent {config.latent}: needs --autoencoder FILE")
     if config.latent == "rgb" and config.codes != "rgb":
@@ -351,10 +364,9 @@ def build(config, facts):
                             f"no network can be made of these ({fault})") from None
     if nets.codec and nets.codec.channels == 1 and (facts["channels"] == 3 or config.latent == "rgb"):
         raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images and --latent rgb need one of colour images")
-    multiple = config.multiple * (nets.codec.net.multiple if nets.codec else 1)
-    if config.size % multiple:
-        low = config.size // multiple * multiple
-        raise run.UserError(f"--size {config.size}: must be a multiple of {multiple}; take {f'{low} or ' * (low > 0)}{low + multiple}")
+    if config.size % nets.multiple:
+        low = config.size // nets.multiple * nets.multiple
+        raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
     return nets
 
 
@@ -390,11 +402,13 @@ KINDS = ("distance", "entropy", "margin", "spread")
 
 @torch.no_grad()
 def classified(nets, split, config, device):
-    """Batch by batch of a split: the batch and its Prediction. The noise of an image depends on (seed, id) alone."""
-    shape = (config.samples, *nets.shapes(config.size)[1])
+    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image depends on (seed, id) alone."""
+    n_y, *size = nets.shapes(config.size)[1]
+    shape = config.samples, n_y, *(size if config.label_noise == "pixel" else (1, 1))
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
         with run.autocast(config, device):
-            yield batch, classify(nets, config, batch.x, run.image_noise(config.seed, [split.ids[i] for i in batch.index], shape, device))
+            noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], shape, device).expand(-1, -1, -1, *size)
+            yield batch, noise, classify(nets, config, batch.x, noise)
 
 
 @torch.no_grad()
@@ -402,7 +416,7 @@ def evaluate(nets, split, config, device, joint=True):
     """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first."""
     nets.eval()
     rows = defaultdict(list)
-    for batch, out in classified(nets, split, config, device):
+    for batch, _, out in classified(nets, split, config, device):
         for kind, value in [(METHOD, out.p), *((kind, getattr(out, kind)) for kind in KINDS)]:
             rows[kind].append(value)
         if nets.resnet is not None:
@@ -423,17 +437,20 @@ def calibrate(nets, split, config, device):
 
 @torch.no_grad()
 def measure(nets, data, config, device, figures):
-    """On validation: accuracy, calibration and time against steps; both decisions and the paper's AUROC; then what drawn images are worth."""
+    """On validation: accuracy, calibration and time against steps and draws; both decisions, the paper's AUROC, and the area under the
+    risk-coverage curve of each uncertainty; then what drawn images are worth."""
     val, table = data.val, []
-    for steps in sorted({1, 2, 5, 10, 25, config.steps}):
+    for steps, samples in [(n, 1) for n in (1, 2, 5, 10, 25) if (n, 1) != (config.steps, config.samples)] + [(config.steps, config.samples)]:
         began = time.monotonic()
-        predictions, _ = evaluate(nets, val, dataclasses.replace(config, steps=steps), device)
+        predictions, uncertainty = evaluate(nets, val, dataclasses.replace(config, steps=steps, samples=samples), device)
         m = metrics.summary(val.labels, predictions[METHOD])
-        table.append({"steps": steps, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(val)})
-    d, votes = (torch.cat(parts).cpu().numpy() for parts in zip(*((out.d, out.votes) for _, out in classified(nets, val, config, device))))
+        table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(val)})
+    right = predictions[METHOD].argmax(1) == val.labels                 # at the full setting, the last
+    d, votes = (torch.cat(parts).cpu().numpy() for parts in zip(*((out.d, out.votes) for *_, out in classified(nets, val, config, device))))
     rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
              "auroc_distance": metrics.auroc(val.labels, -d)}
-    return {"validation_by_steps": table, "validation_by_rule": rules, "drawn": measure_drawn(nets, data, config, device, figures)}
+    return {"validation_by_steps_and_samples": table, "validation_by_rule": rules, "drawn": measure_drawn(nets, data, config, device, figures),
+            "validation_aurc": {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}}
 
 
 def measure_drawn(nets, data, config, device, figures):
@@ -591,28 +608,32 @@ def sample_command(checkpoint, label, n=16, output="", **given):
 
 
 @torch.no_grad()
-def explain_command(checkpoint, paths=(), limit=8, output="", **given):
-    """A picture an image: the label map it flows to, five points of the way, and from its own noise an image of every class."""
+def explain_command(checkpoint, paths=(), limit=0, output="", **given):
+    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the label map it flows to, five points of
+    the way, and the image as every class, drawn from the noise that it flows to itself."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=max(1, limit)), facts).test, [])
-    split, classes, out = split if paths else first(split, limit), facts["classes"], run.result_folder(output, checkpoint, "explain", config)
-    for batch, found in classified(nets, split, config, device):
-        noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], nets.shapes(config.size)[1], device)
+    limit = limit or (sys.maxsize if paths else 8)
+    if limit < 0:
+        raise run.UserError(f"--limit {limit}: 0 or more")
+    split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=limit), facts).test, [])
+    split = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids]) if paths else split          # noise as in `predict`
+    classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
+    for batch, noise, found in classified(nets, split, config, device):
         with run.autocast(config, device):
-            way = flow(nets.unet, config, nets.encode(batch.x), noise, 1., 0., config.draw_steps)
+            way = flow(nets.unet, config, nets.encode(batch.x), noise[:, 0], 1., 0., config.draw_steps)
             own = way[-1][0]                                            # the noise that the image flows to
             stops = [round(j * config.draw_steps / 4) for j in range(5)]
             way = [(nets.decode(way[j][0]), nets.decode_map(way[j][1][None])[0]) for j in stops]
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
-        for i, row in enumerate(batch.index):
-            name, p = Path(split.ids[row]).name, found.p[i].tolist()
+        for i, row in enumerate(batch.index[batch.index < limit]):
+            name, p = split.ids[row], found.p[i].tolist()
             rows = [[split.images[row], *(to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
                     [as_picture(nets, config, found.y[i])], [to_uint8(x[i]) for x in of_class]]
             best = max(range(len(p)), key=p.__getitem__)
             true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
             captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}"]]
             captions.append([f"{c}\np {q:.3f}" for c, q in zip(classes, p)])
-            plots.image_grid(out / f"{row:04d}-{run.file_name(Path(name).stem)}.png", rows, captions,
+            plots.image_grid(out / f"{row:04d}-{run.file_name(name)}.png", rows, captions,
                              ["image to noise", "noise to label map", f"{config.steps} step, {config.samples} draws", "its noise as each class"],
                              title=f"{name}: {classes[best]}{true}")
     print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
@@ -629,15 +650,10 @@ def as_picture(nets, config, y):
     return to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
 
 
-def first(split, n):
-    """The first n images of a split."""
-    return dataclasses.replace(split, images=split.images[:n], labels=split.labels[:n], ids=split.ids[:n])
-
-
 def main(argv=None):
     """The command line; returns the exit code. `train`, `eval` and `predict` are those of every method: common/run.py."""
     label = {"--label": dict(required=True, help="class to draw, by name or number"), "-n": dict(type=int, default=16, metavar="N", help="how many; default 16")}
-    limit = {"--limit": dict(type=int, default=8, metavar="N", help="so many test images, where no image is given; default 8")}
+    limit = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many pictures; default: all images given, or 8 of the test split")}
     return run.command_line(argv, sys.modules[__name__], {
         "sample": (sample_command, ["draw_steps", "seed", *SAMPLING], "Draw images of a class.", label),
         "explain": (explain_command, ["data", "root", "split", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})

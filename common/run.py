@@ -817,7 +817,17 @@ def score(split, predictions, uncertainty, train_labels=None, ci=1000):
         result["baselines"][name] = metrics.summary(split.labels, q, ci=ci)
     if split.posterior is not None:
         result["bayes"] = metrics.summary(split.labels, split.posterior)
+    result["accuracy_by_coverage"] = {name: [list(map(float, pair)) for pair in zip(*line)] for name, line in selective(split, predictions, uncertainty).items()}
     return result
+
+
+def selective(split, predictions, uncertainty):
+    """{model: (coverages, accuracies)} when 0, 5, .. 95 % of the images are set aside, the most uncertain first: the method by
+    `uncertainty`, the others by 1 - their largest probability."""
+    found = {}
+    for name, p in predictions.items():
+        found[name] = metrics.coverage_accuracy(p.argmax(1) == split.labels, 1 - p.max(1) if found else uncertainty)
+    return found
 
 
 def report(state, out, result, specific, device):
@@ -834,23 +844,20 @@ def report(state, out, result, specific, device):
 
 
 def table(method, result):
-    """The lines printed at the end: accuracy, macro F1, AUROC, ECE of the method beside its controls."""
+    """The lines printed at the end: accuracy, macro F1, AUROC, ECE, AURC of the method beside its controls."""
     rows = [(method, result["test"]), *result["baselines"].items()] + ([("Bayes optimum", result["bayes"])] if "bayes" in result else [])
-    lines = [f"{'':16}accuracy  macro F1     AUROC       ECE"]
-    return "\n".join(lines + [f"{name:14}" + "".join(f"{m[k]:10.3f}" for k in ("accuracy", "f1_macro", "auroc", "ece")) for name, m in rows])
+    lines = [f"{'':16}accuracy  macro F1     AUROC       ECE      AURC"]
+    return "\n".join(lines + [f"{name:14}" + "".join(f"{m[k]:10.3f}" for k in ("accuracy", "f1_macro", "auroc", "ece", "aurc")) for name, m in rows])
 
 
 def write_evaluation(out, split, classes, predictions, uncertainty, history=None, panels=()):
     """predictions.csv and the pictures every run has: learning curves, confusion matrix, reliability, accuracy against coverage."""
     if rank() > 0:
         return
-    figures, ((method, p), *others) = Path(out) / "figures", predictions.items()
+    figures, (method, p) = Path(out) / "figures", next(iter(predictions.items()))
     write_predictions(Path(out) / "predictions.csv", split, p, uncertainty, classes)
     if history:
         plots.curves(figures / "curves.png", history, "Learning curves", panels)
     plots.confusion(figures / "confusion.png", metrics.confusion_matrix(split.labels, p.argmax(1), len(classes)), classes, f"{method}: test split")
     plots.reliability(figures / "reliability.png", *metrics.reliability_bins(split.labels, p), metrics.ece(split.labels, p), f"{method}: test split")
-    lines = {method: metrics.coverage_accuracy(p.argmax(1) == split.labels, uncertainty)}
-    for name, q in others:
-        lines[name] = metrics.coverage_accuracy(q.argmax(1) == split.labels, 1 - q.max(1))
-    plots.coverage(figures / "coverage.png", lines, "Accuracy when the most uncertain images are set aside")
+    plots.coverage(figures / "coverage.png", selective(split, predictions, uncertainty), "Accuracy when the most uncertain images are set aside")

@@ -2,10 +2,12 @@
 
 Ours beside the authors' arrangement (tests/authors.py), over the same weights, threads, dtype and images; what an evaluation does
 runs under no_grad on both sides. --write keeps the record in tests/results/bench-DEVICE.json, whose table the README shows
-(--table); --quick is a trial at small sizes. Machines are shared and noisy: times mean little, ratios more.
+(--table); --quick is a trial at small sizes. Machines are shared and noisy: times mean little, ratios more. Multiply-adds are counted,
+not timed.
 """
 import argparse
 import copy
+import functools
 import json
 import platform
 import sys
@@ -13,13 +15,18 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 from common import run  # before torch
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffmic
+import symmflow
+from common.autoencoder import AutoencoderKL
+from common.unet import UNet
 from data import Batches, Split
 from data.batches import Batch
 from tests import authors
@@ -32,13 +39,32 @@ class Setting:
 
     def __init__(self, device, quick):
         self.device, self.quick = torch.device(device), quick
-        given = dict(size=64, width=8, guide_depth=18, hidden=64, steps=10) if quick else {}
-        self.config = diffmic.configure(data="ham10000", baseline=False, device=device, **given)
-        facts = dict(channels=3, classes=list("ABCDEFG"), multilabel=False)
+
+    @functools.cached_property
+    def diffmic(self):
+        """(config, networks, images, labels) of DiffMIC."""
+        given = dict(size=64, width=8, guide_depth=18, hidden=64, steps=10) if self.quick else {}
+        config = diffmic.configure(data="ham10000", baseline=False, device=str(self.device), **given)
+        return self.made(diffmic, config, dict(channels=3, classes=list("ABCDEFG"), multilabel=False), 8 if self.quick else 32, config.size)
+
+    @functools.cached_property
+    def symmflow(self):
+        """The same of MedSymmFlow: the paper's pixels of 32 x 32, 64 channels."""
+        config = symmflow.configure(data="bloodmnist", baseline=False, device=str(self.device), **dict(channels=8) if self.quick else {})
+        return self.made(symmflow, config, dict(channels=3, classes=list("ABCDEFGH"), multilabel=False), 4 if self.quick else 64, config.size)
+
+    @functools.cached_property
+    def latents(self):
+        """The same of its latent variant, with the label map on the latent grid and an autoencoder of random weights."""
+        config, nets = latent_flow(self.device, **dict(size=64, channels=8) if self.quick else {})
+        return config, run.place(nets, self.device), *self.images(4 if self.quick else 64, config.size)
+
+    def made(self, method, config, facts, n, size):
         torch.manual_seed(0)
-        self.nets = run.place(diffmic.build(self.config, facts), self.device)
-        self.x = torch.rand(8 if quick else 32, 3, self.config.size, self.config.size, device=self.device) * 2 - 1
-        self.y = torch.arange(len(self.x), device=self.device) % 7
+        return config, run.place(method.build(config, facts), self.device), *self.images(n, size)
+
+    def images(self, n, size):
+        return torch.rand(n, 3, size, size, device=self.device) * 2 - 1, torch.arange(n, device=self.device) % 7
 
     def seconds(self, work, repeat=1):
         """Least of `repeat` times of work(), the device's queue emptied before and after."""
@@ -46,11 +72,17 @@ class Setting:
         for _ in range(repeat):
             self.wait()
             began = time.perf_counter()
-            with run.autocast(self.config, self.device):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 work()
             self.wait()
             times.append(time.perf_counter() - began)
         return min(times)
+
+    def both(self, ours, theirs, repeat):
+        """Least of `repeat` times of each, taken in turns, after one of ours that is not counted: it takes the memory."""
+        self.seconds(ours)
+        pairs = [(self.seconds(ours), self.seconds(theirs)) for _ in range(repeat)]
+        return tuple(min(times) for times in zip(*pairs))
 
     def wait(self):
         if self.device.type == "cuda":
@@ -60,48 +92,44 @@ class Setting:
 # ============================================================================= rows: (ours, theirs) in seconds
 def prediction(s):
     """One draw of every image, T = 250 reverse steps: guide, embedding, chain."""
-    nets, config = s.nets.eval(), s.config
-    noise = torch.randn(len(s.x), 1, config.steps, 7, device=s.device)
+    config, nets, x, _ = s.diffmic
+    nets.eval()
+    noise = torch.randn(len(x), 1, config.steps, 7, device=s.device)
     with torch.no_grad():
-        s.seconds(lambda: nets.denoiser(*[torch.zeros(2, 7, device=s.device)] * 4, nets.encoder(s.x[:2]), torch.zeros(2, dtype=torch.long, device=s.device)))
-        ours = lambda: diffmic.classify(nets, config, s.x, noise)
-        first, theirs = s.seconds(ours), s.seconds(lambda: authors.predict(nets, config, s.x, noise[:, 0]))
+        s.seconds(lambda: nets.denoiser(*[torch.zeros(2, 7, device=s.device)] * 4, nets.encoder(x[:2]), torch.zeros(2, dtype=torch.long, device=s.device)))
+        ours = lambda: diffmic.classify(nets, config, x, noise)
+        first, theirs = s.seconds(ours), s.seconds(lambda: authors.predict(nets, config, x, noise[:, 0]))
         return min(first, s.seconds(ours)), theirs                      # theirs takes minutes: a neighbour comes and goes meanwhile
 
 
 def training_step(s):
     """Forward and backward passes of guide, encoder and denoiser."""
-    nets = s.nets.train()
-    batch = diffmic_batch(s)
+    config, nets, x, y = s.diffmic
+    batch = Batch(x, y, np.arange(len(x)))
 
     def ours():
         nets.zero_grad(set_to_none=True)
         nets.train()
-        diffmic.train_step(nets, None, s.config, batch, True)["loss"].backward()
+        diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
 
     def theirs():
         nets.zero_grad(set_to_none=True)
-        authors.train_step(nets, s.config, s.x, s.y)
-    s.seconds(ours)                                                     # memory is taken once
-    pairs = [(s.seconds(ours), s.seconds(theirs)) for _ in range(2)]
+        authors.train_step(nets, config, x, y)
+    found = s.both(ours, theirs, 2)
     nets.zero_grad(set_to_none=True)
-    return tuple(min(times) for times in zip(*pairs))
-
-
-def diffmic_batch(s):
-    return Batch(s.x, s.y, np.arange(len(s.x)))
+    return found
 
 
 def regions(s):
     """Six regions an image out of a 7 x 7 map, found and cut."""
-    saliency, size, count = torch.randn(len(s.x), 7, 7, 7, device=s.device), s.nets.guide.roi_size, 6
-    shape = s.x.shape[2:]
+    _, nets, x, _ = s.diffmic
+    saliency, size, count, shape = torch.randn(len(x), 7, 7, 7, device=s.device), nets.guide.roi_size, 6, x.shape[2:]
 
     def theirs():
-        return authors.crop(s.x, authors.find_rois(saliency, shape, size, count), size, red=False)
+        return authors.crop(x, authors.find_rois(saliency, shape, size, count), size, red=False)
 
     def ours():
-        return diffmic.crop(s.x, diffmic.find_rois(saliency, shape, size, count), size)
+        return diffmic.crop(x, diffmic.find_rois(saliency, shape, size, count), size)
     assert s.quick or torch.equal(ours(), theirs())                     # the same boxes where they are whole cells
     if s.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")                         # ours must not make the host wait
@@ -150,31 +178,91 @@ def square(file, size, names=(), rng=None):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-ROWS = {                                                                # name: (work, what it is, aim for theirs / ours)
-    "prediction": (prediction, "prediction of 32 images, 224 px, 250 steps, one draw", 10),
-    "training step": (training_step, "forward and backward passes of training, 32 images of 224 px", 1 / .7),
-    "regions": (regions, "six regions of 32 images, found and cut", None),
-    "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10),
-    "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4),
+def unet_pass(s, training):
+    """MedSymmFlow's U-Net, 64 images of 32 x 32 at once: the forward pass, or forward and backward."""
+    config, nets, x, y = s.symmflow
+    z, t = torch.cat([x, nets.label_map(y, x.shape[2:])], 1), torch.rand(len(x), device=s.device)
+
+    def work(forward):
+        with torch.set_grad_enabled(training):
+            out = forward(z, t).float().square().mean()
+            if training:
+                out.backward()
+                nets.zero_grad(set_to_none=True)
+    return s.both(lambda: work(nets.unet), lambda: work(lambda *given: authors.unet(nets.unet, *given)), 9)
+
+
+class NoFile:
+    """An autoencoder of the paper's size without weights, in place of one from a file."""
+
+    def __init__(self, path):
+        self.net, self.id, self.path, self.channels, self.latent = AutoencoderKL(), 0, path, 3, 4
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def latent_flow(device, **given):
+    """MedSymmFlow's networks on a latent grid at the paper's size: 256 px, latents of 4 x 32 x 32, 128 channels."""
+    config = symmflow.configure(**dict(data="bloodmnist", size=256, latent="grid", codes="onehot", autoencoder="none", channels=128,
+                                       baseline=False, device=str(device)) | given)
+    with mock.patch.object(symmflow, "Codec", NoFile), torch.device(device):
+        nets = symmflow.build(config, dict(channels=3, classes=list("ABCDEFGH"), multilabel=False))
+    nets.codec_id = torch.tensor(0)                                     # on the meta device too, where it has no value
+    return config, nets
+
+
+def multiply_adds(s=None):
+    """Of one classification by the latent variant, counted at the paper's size without memory, in 10^9: ours with the label map on
+    the latent grid, theirs with pictures of label maps."""
+    config, nets = latent_flow("meta")
+    with torch.device("meta"):
+        theirs, x, codes = UNet(8, 8, 128, (1, 2, 2, 2), 2, {2}, 64), torch.empty(1, 3, 256, 256), torch.empty(8, 3)
+        noise, grid = torch.empty(1, 4, 32, 32), torch.empty(1, 1, 8, 32, 32)
+    counts = []
+    for work in (lambda: symmflow.classify(nets, config, x, grid), lambda: authors.classify_latents(nets.codec.net, theirs, codes, x, noise)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            work()
+        counts.append(counter.get_total_flops() / 2e9)
+    return tuple(counts)
+
+
+ROWS = {                                                                # name: (work, what it is, aim for theirs / ours, unit)
+    "prediction": (prediction, "DiffMIC: prediction of 32 images, 224 px, 250 steps, one draw", 10, "s"),
+    "training step": (training_step, "DiffMIC: forward and backward passes of training, 32 images of 224 px", 1 / .7, "s"),
+    "regions": (regions, "DiffMIC: six regions of 32 images, found and cut", None, "s"),
+    "unet": (lambda s: unet_pass(s, False), "MedSymmFlow: U-Net, 64 channels, 64 images of 32 px", 1, "s"),
+    "unet, training": (lambda s: unet_pass(s, True), "MedSymmFlow: the same, forward and backward", 1, "s"),
+    "multiply-adds": (multiply_adds, "MedSymmFlow: multiply-adds of one latent classification, 256 px", 5, "G"),
+    "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),
+    "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4, "s"),
 }
 
 
 # ============================================================================= the full size, on its own
-def full_size(s, seconds=30.):
+FULL_SIZE = {"full size": diffmic, "full size, latents": symmflow}
+
+
+def full_size(s, method, seconds=30.):
     """Throughput at the paper's size: whole training steps and predictions, images a second, share of the device's measured peak, memory.
     How long a training waits for its data stands in its log.jsonl: data_seconds of seconds."""
-    from torch.utils.flop_counter import FlopCounterMode
-    nets, config, n = s.nets, s.config, len(s.x)
-    batch, optimizer, ema = diffmic_batch(s), torch.optim.Adam(diffmic.parameter_groups(nets, config), fused=True), copy.deepcopy(nets)
+    config, nets, x, y = s.diffmic if method is diffmic else s.latents
+    n, cuda = len(x), s.device.type == "cuda"
+    batch, ema = Batch(x, y, np.arange(n), np.zeros(n, int)), copy.deepcopy(nets)
+    optimizer = torch.optim.AdamW(method.parameter_groups(nets, config), fused=True)
+
+    def loss():
+        return method.train_step(nets, ema, config, batch, True)["loss"]
+    nets.train()
+    loss()                                                              # latents are computed once a training
     with FlopCounterMode(display=False) as count, run.autocast(config, s.device):
-        nets.train()
-        diffmic.train_step(nets, None, config, batch, True)["loss"].backward()
-    if s.device.type == "cuda":
+        loss().backward()
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        diffmic.train_step(nets, ema, config, batch, True)["loss"].backward()
+        loss().backward()
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], group["clip"] or torch.inf)
         optimizer.step()
@@ -187,16 +275,17 @@ def full_size(s, seconds=30.):
     train, most = many(step), peak(s)
     found = {"train images/s": n / train, "train TFLOP/s": count.get_total_flops() / train / 1e12, "peak TFLOP/s": most / 1e12,
              "share of peak": count.get_total_flops() / train / most}
-    if s.device.type == "cuda":
+    if cuda:
         found["train memory GB"] = torch.cuda.max_memory_allocated() / 1e9
     nets.eval()
-    B = 256 if s.device.type == "cuda" else n
-    x, noise = s.x.repeat(B // n, 1, 1, 1), torch.randn(B, 1, config.steps, 7, device=s.device)
-    if s.device.type == "cuda":
+    B = 256 if cuda else n
+    x = x.repeat(B // n, 1, 1, 1)
+    noise = torch.randn(B, 1, config.steps, 7, device=s.device) if method is diffmic else torch.randn(B, 1, *nets.shapes(config.size)[1], device=s.device)
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
-        found["prediction ms an image"] = 1e3 * many(lambda: diffmic.classify(nets, config, x, noise)) / B
-    if s.device.type == "cuda":
+        found["prediction ms an image"] = 1e3 * many(lambda: method.classify(nets, config, x, noise)) / B
+    if cuda:
         found["prediction memory GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
@@ -219,15 +308,15 @@ def machine(s):
 def table(record):
     lines = [f"| {record['machine']}, {record['dtype']} | ours | the authors' arrangement | ratio | aim |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
-        aim = ROWS[name][2]
-        lines.append(f"| {ROWS[name][1]} | {row['ours']:.3g} s | {row['theirs']:.3g} s | {row['theirs'] / row['ours']:.1f} | "
+        _, what, aim, unit = ROWS[name]
+        lines.append(f"| {what} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
                      + (f"{aim:.1f} |" if aim else "|"))
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, "full size"])
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, *FULL_SIZE])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -244,13 +333,13 @@ def main(argv=None):
     if args.write and path.exists():
         record = json.loads(path.read_text()) | record | {"rows": json.loads(path.read_text())["rows"]}
     for name in args.only or ROWS:
-        if name == "full size":
-            record[name] = full_size(s)
+        if name in FULL_SIZE:
+            record[name] = full_size(s, FULL_SIZE[name])
             print(name, json.dumps(record[name], indent=1), flush=True)
             continue
         ours, theirs = ROWS[name][0](s)
         record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()}
-        print(f"{name:18} ours {ours:9.4f} s   theirs {theirs:9.4f} s   ratio {theirs / ours:6.2f}", flush=True)
+        print(f"{name:18} ours {ours:9.4f} {ROWS[name][3]}   theirs {theirs:9.4f} {ROWS[name][3]}   ratio {theirs / ours:6.2f}", flush=True)
     if args.write:
         path.write_text(json.dumps(record, indent=1))
     return record

@@ -29,15 +29,24 @@ CELLS = {                                                               # name: 
 FEW = dict(data="toy", limit=300, epochs=100)                           # where a guide learns its images by heart: do its priors mislead?
 CELLS |= {"diffmic-few": ("diffmic", FEW, (0,)), "diffmic-few-nodropout": ("diffmic", FEW | dict(prior_dropout=0.), (0,)),
           "diffmic-few-ema": ("diffmic", FEW | dict(prior_dropout=0., prior_source="ema"), (0,))}
+CELLS |= {
+    "symmflow-toy": ("symmflow", dict(data="toy"), (0, 1, 2)),
+    "symmflow-toy-paper": ("symmflow", dict(data="toy", recipe="paper"), (0,)),
+    "symmflow-retinamnist-small": ("symmflow", dict(data="retinamnist", scale="small"), (0, 1, 2)),
+    "symmflow-retinamnist-small-paper": ("symmflow", dict(data="retinamnist", scale="small", recipe="paper"), (0,)),
+}
 IDEAS = {                                                               # of a method: one field of recipe plus changed at a time
     "diffmic": {"eps": dict(target="eps"), "uniform": dict(roi_weight="uniform"), "deep": dict(deep_supervision=False),
                 "constant": dict(guide_schedule="constant"), "uncalibrated": dict(calibrate=False), "roi": dict(roi_size=8),
                 "ema": dict(prior_source="ema"), "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
+    "symmflow": {"rgb": dict(codes="rgb"), "simplex": dict(codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
+                 "velocity": dict(label_loss="velocity"), "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False),
+                 "weight": dict(image_weight=.7), "balanced": dict(balanced=True)},
 }
-BASE = {"diffmic": dict(prior_dropout=0.)}                              # measured before prior dropout was found to help
-CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items()}
+BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}}              # DiffMIC's were measured before prior dropout was found to help
+CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items() if base}
 CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
-KEYS = ("accuracy", "f1_macro", "auroc", "ece")
+KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
 
 def command(name, seed):
@@ -104,7 +113,7 @@ def few_table():
 def ideas_table(method):
     """Recipe plus, its base, and the base with one field changed, toy seed 0: what decided (validation), what came of it (test)."""
     lines = ["| | validation accuracy | NLL | test accuracy | macro F1 | epoch |", "|---|---|---|---|---|---|"]
-    for name in ("", "-base", *(f"-{idea}" for idea in IDEAS[method])):
+    for name in ("", *["-base"] * bool(BASE[method]), *(f"-{idea}" for idea in IDEAS[method])):
         for record in records(f"{method}-toy{name}")[:1]:
             val, test = record["method_specific"]["validation_by_steps_and_samples"][-1], record["test"]
             option = command(f"{method}-toy{name}", 0).partition(".py ")[2]
@@ -129,7 +138,7 @@ def rows(name):
 
 def table(name):
     """The README's table of a cell, in Markdown: mean and sd over seeds."""
-    lines = ["| | accuracy | macro F1 | AUROC | ECE |", "|---|---|---|---|---|"]
+    lines = ["| | accuracy | macro F1 | AUROC | ECE | AURC |", "|---|---|---|---|---|---|"]
     for model, values in rows(name):
         cells = [f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in values.values()]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
