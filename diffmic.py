@@ -143,6 +143,8 @@ SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, wid
 PLUS = dict(target="y0", samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True, roi_weight="probability", prior_dropout=.3)
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]   # what a checkpoint's user may set
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"), "pmg2000": dict(steps=100)}
+PANELS = [("Losses", "loss", ["diffusion", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
+          ("Validation; guide_accuracy: in training", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy", "guide_accuracy"])]
 
 
 def configure(**given):
@@ -509,10 +511,6 @@ def embedding(nets, config, out, i):
     """For Fig. 2: the denoiser's last hidden layer (B, F), our choice, at reverse step i of each image's first draw."""
     t = respaced_timesteps(config.timesteps, config.steps)[i].to(out.path.device)
     return nets.denoiser.features(out.path[:, 0, i], *out.condition, t.expand(len(out.path)))
-
-
-PANELS = [("Losses", "loss", ["diffusion", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),
-          ("Validation; guide_accuracy: in training", "accuracy", ["val_accuracy", "val_guide_accuracy", "val_resnet_accuracy", "guide_accuracy"])]
 
 
 # ============================================================================= 7 setup

@@ -9,13 +9,31 @@ both. Followed from t = 1 to 0 it turns the image into its label map: the class;
     y_t = (1 - (1 - s) t) y + t xi_y          v_y = xi_y - (1 - s) y        one t ~ U(0, 1) an image
     L = w |v_x_hat - v_x|^2 + (1 - w) |v_y_hat - v_y|^2,  means over all entries; w = 0.7              `loss`
     dz/dt = v(z_t, t),  z = (x, y): Euler or Heun, t: 1 -> 0 classifies, t: 0 -> 1 draws               `flow`
-    d_k = mean over pixels |y_0(p) - c_k|;  the class is the nearest colour, d its uncertainty         `classify`
+    d_k = mean over pixels |y_0(p) - c_k|;  the class is the nearest colour, d its uncertainty         `distances`
+B images, K classes, D channels of a colour, S noise draws. One step of an exact flow ends at sum_k p(k | x) c_k.
 
     python symmflow.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python symmflow.py --data retinamnist --root DIR --scale small
     python symmflow.py eval --checkpoint RUN/best.pt
     python symmflow.py predict --checkpoint RUN/best.pt a.jpg folder/
     python symmflow.py sample --checkpoint RUN/best.pt --label 3 -n 64
+    python symmflow.py explain --checkpoint RUN/best.pt           # of test images, or of those named behind it
+
+Read differently from the paper, and why
+ 1. s = 0; the authors' code leaves s = 1e-4 of the label in y_1. w = 0.7 and one-cycle AdamW from and to 1e-6 are its documented command's
+    (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
+ 2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
+    paper's is 2 beta. Drawing starts at the clean colour, and label maps that are encoded (--latent rgb) are clean, one a class.
+ 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more:
+    README, and an exact flow in tests/test_symmflow.py.
+ 4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
+    y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
+    AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
+ 5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
+ 6. Latents: the posterior's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once; only what is looked at is
+    decoded. --latent grid puts the codes on the latent grid and classifies without any decoder.
+`--recipe plus`, and with one field changed: validation accuracy, NLL (toy seed 0)
+  plus                .000  .000
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -33,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.autoencoder import autoencoder_from
+from common.autoencoder import Codec
 from common.mmd import mmd_polynomial
 from common.resnet import ResNet
 from common.unet import UNet
@@ -49,7 +67,7 @@ class Config:
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
-    size: int = 32  # [8..2048] pixels a side, a multiple of 8; of MedMNIST 28 are padded to 32
+    size: int = 32  # [8..2048] pixels a side, even at each level of the U-Net but the last; of MedMNIST 28 are padded to 32
     split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
@@ -88,15 +106,15 @@ class Config:
     head_channels: int = 64  # [1..] of an attention head
     latent: Literal["none", "rgb", "grid"] = "none"  # flow of an autoencoder's latents; label map encoded too (rgb), or codes on their grid
     autoencoder: str = ""  # its file: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a Mediffusion run's autoencoder.pt
-    latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured; 0.18215 is the paper's
+    latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured; 0.18215 is the authors'
     codes: Literal["rgb", "grey", "onehot", "simplex"] = "rgb"  # colour of a class: the paper's palette, SymmFlow's grey, or equidistant codes
-    beta: float = 4.  # [0..] dequantisation noise of label maps, half its width in grey levels
+    beta: float = 4.  # [0..] width of the label maps' dequantisation noise in grey levels; codes grey: from lowest to highest code
     sigma_min: float = 0.  # [0..1] s of the path; the authors' code: 1e-4
     image_weight: float = 0.7  # [0..1] w of the loss
     time_scale: float = 1.  # [0..] t is multiplied by it before its embedding; 1 leaves the embedding nearly flat
     label_loss: Literal["velocity", "map"] = "velocity"  # squared error of v_y, or of the label map that it leads to: t^2 of it
-    precondition: bool = False  # add the best linear guess of the velocity, (2t - 1) / (t^2 + (1 - t)^2) z_t, to what the U-Net gives
-    label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y: of each pixel, or one for all, which their mean does not cancel
+    precondition: bool = False  # add the least-squares guess of the velocity, (2t - 1) / (t^2 + (1 - t)^2) z_t if entries have mean square 1
+    label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y of each pixel, whose mean gives the label away at t < 1, or one for all pixels
     t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
@@ -104,16 +122,18 @@ class Config:
     samples: int = 1  # [1..] noise draws whose label maps are averaged
     decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
     calibrate: bool = False  # fit the softmax's temperature on validation
-    uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by
+    uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by; spread needs more samples than one
     generated: int = 500  # [0..] images drawn to be measured at the end; 0: none
 
 
 SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=200)
 PLUS = dict(codes="onehot", time_scale=1000., t_one=.5, image_weight=.3, label_loss="map", label_noise="shared", precondition=True, samples=4,
             calibrate=True, uncertainty="entropy")
-UPRIGHT = ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist")     # no flips: up and left mean something
-SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # of a checkpoint's user
-BY_DATA = {"folder": dict(augment="hflip"), "toy": dict(size=32), **{name: dict(augment="") for name in UPRIGHT}}
+SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
+BY_DATA = {"folder": dict(augment="hflip")} | dict.fromkeys(            # no flips where up or left means something
+    ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist"), dict(augment=""))
+KINDS = ("distance", "entropy", "margin", "spread")                 # of uncertainty
+PANELS = [("Losses", "loss", ["image", "label", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
 
 
 def configure(**given):
@@ -153,7 +173,7 @@ def velocity(unet, config, x, y, t):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
     z = torch.cat([x, y], 1)
     v = unet(z, t * config.time_scale).float()
-    if config.precondition:                                             # the U-Net adds to the best linear guess from z alone
+    if config.precondition:                                             # the U-Net adds to what z alone says
         t = t.view(-1, 1, 1, 1)
         v = v + (2 * t - 1) / (t ** 2 + (1 - t) ** 2) * z
     return v[:, :x.shape[1]], v[:, x.shape[1]:]
@@ -161,18 +181,17 @@ def velocity(unet, config, x, y, t):
 
 def loss(nets, config, x, y):
     """The flow-matching loss of images, or latents, x and label maps y -> dict of scalars, and the error of v_y by tenths of t."""
-    t = torch.rand(len(x), device=x.device)
-    end = torch.rand(len(x), device=x.device) < config.t_one
+    t, end = torch.rand(len(x), device=x.device), torch.rand(len(x), device=x.device) < config.t_one
     t = torch.where(end, 1., t)
     xi_y = torch.randn_like(y if config.label_noise == "pixel" else y[:, :, :1, :1]).expand_as(y)
     (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), xi_y, t, config.sigma_min)
     hat_x, hat_y = velocity(nets.unet, config, x_t, y_t, t)
     error_x, error_y = ((hat_x - v_x) ** 2).mean((1, 2, 3)), ((hat_y - v_y) ** 2).mean((1, 2, 3))
-    weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map, and t as often off as v_y
+    weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map; its error is t times that of v_y
     losses = {"image": (error_x * ~end).sum() / (~end).sum().clamp_min(1), "label": (weight * error_y).mean()}
     losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
     tenth = F.one_hot((t * 10).long().clamp_max(9), 10).float()
-    losses["label_by_t"] = torch.stack([tenth.T @ error_y.detach(), tenth.sum(0)])
+    losses["label_by_t"] = torch.stack([(tenth * error_y.detach()[:, None]).sum(0), tenth.sum(0)])
     return losses
 
 
@@ -191,14 +210,13 @@ def train_step(nets, ema, config, batch, joint):
 def flow(unet, config, x, y, start, end, steps):
     """Follows dz/dt = v from t = start to end in equal steps: the states [(x, y), ...], steps + 1 of them."""
     states, times = [(x, y)], torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
-    for t, s in zip(times, times[1:]):
-        x, y = states[-1]
-        at = lambda time: torch.full((len(x),), time, device=x.device)
-        v_x, v_y = velocity(unet, config, x, y, at(t))
+    for t, after in zip(times, times[1:]):
+        (x, y), h = states[-1], after - t
+        v_x, v_y = velocity(unet, config, x, y, torch.full((len(x),), t, device=x.device))
         if config.solver == "heun":                                     # the mean of both ends of the Euler step
-            w_x, w_y = velocity(unet, config, x + (s - t) * v_x, y + (s - t) * v_y, at(s))
+            w_x, w_y = velocity(unet, config, x + h * v_x, y + h * v_y, torch.full((len(x),), after, device=x.device))
             v_x, v_y = (v_x + w_x) / 2, (v_y + w_y) / 2
-        states.append((x + (s - t) * v_x, y + (s - t) * v_y))
+        states.append((x + h * v_x, y + h * v_y))
     return states
 
 
@@ -228,7 +246,7 @@ def classify(nets, config, x, noise):
     y = nets.decode_map(y)
     each, y = distances(y, nets.codes, config.codes), y.mean(1)
     d = distances(y, nets.codes, config.codes)
-    votes = F.one_hot(distances(y.movedim(1, -1)[..., None, None], nets.codes, config.codes).argmin(-1), nets.classes).float().mean((1, 2))
+    votes = F.one_hot((y.movedim(1, -1)[..., None, :] - nets.codes).norm(dim=-1).argmin(-1), nets.classes).float().mean((1, 2))
     if config.decision == "mode":
         logits = votes.clamp_min(1e-3).log()
     elif config.codes in ("onehot", "simplex"):                         # one step ends at the sum of p(k | x) c_k: p can be read off
@@ -257,36 +275,21 @@ def draw(nets, config, labels, noise):
 
 
 # ============================================================================= 5 networks
-class Codec:
-    """A frozen autoencoder from a file. It is not stored in checkpoints, which know it by `id`; a copy of a network shares it."""
-
-    def __init__(self, path):
-        try:
-            self.net = autoencoder_from(run.load_weights(path))
-        except ValueError as fault:
-            raise run.UserError(f"--autoencoder {path}: {fault}") from None
-        self.id, self.path = run.file_id(path), path
-        self.channels, self.latent = self.net.decoder.conv_out.out_channels, self.net.post_quant_conv.in_channels
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 class Networks(nn.Module):
     """The flow's U-Net, the plain ResNet, and how images and labels become what flows: pixels, or latents of a frozen autoencoder."""
 
     def __init__(self, config, channels, classes):
         super().__init__()
-        self.classes, self.channels, self.config, self.latents = classes, channels, config, {}
+        self.classes, self.channels, self.config, self.maps = classes, channels, config, None
         self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet",
                              bool(config.pretrained)) if config.baseline else None
         codes, self.noise_width = class_codes(config.codes, classes, config.beta)
         self.codec = Codec(config.autoencoder) if config.latent != "none" else None
-        n_x = self.codec.latent if self.codec else channels             # channels of what flows: x, and y
-        self.n_y = n_x if config.latent == "rgb" else codes.shape[1]
+        self.n_x = self.codec.latent if self.codec else channels        # channels of what flows: x, and y
+        self.n_y = self.n_x if config.latent == "rgb" else codes.shape[1]
         mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
         self.multiple = 2 ** (len(mult) - 1) * (self.codec.net.multiple if self.codec else 1)           # of which the sides of an image must be
-        self.unet = UNet(n_x + self.n_y, n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels)
+        self.unet = UNet(self.n_x + self.n_y, self.n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels)
         self.register_buffer("codes", codes.float())
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))
@@ -294,55 +297,39 @@ class Networks(nn.Module):
 
     def shapes(self, size):
         """Of x and y, as they flow, for images of `size` pixels a side."""
-        if not self.codec:
-            return (self.channels, size, size), (self.n_y, size, size)
-        side = size // self.codec.net.multiple
-        return (self.codec.latent, side, side), (self.n_y, side, side)
-
-    def check_codec(self):
-        if int(self.codec_id) != self.codec.id:
-            raise run.UserError(f"--autoencoder {self.codec.path}: is not the one that this model was trained with")
+        side = size // self.codec.net.multiple if self.codec else size
+        return (self.n_x, side, side), (self.n_y, side, side)
 
     @torch.no_grad()
     def encode(self, x, batch=None):
-        """Images (B, channels, H, W) -> what flows. Latents are the posterior's mean; those of a training batch are computed once."""
+        """Images (B, channels, H, W) -> what flows. Latents of a training batch are computed once an image and way of flipping it."""
         if not self.codec:
             return x
-        self.check_codec()
-        self.codec.net.to(x.device)
-        keys = [] if batch is None or (batch.variant < 0).any() else (batch.index * 4 + batch.variant).tolist()
-        new = [i for i, key in enumerate(keys) if key not in self.latents] if keys else range(len(x))
-        if new:
-            images = x[list(new)].expand(-1, self.codec.channels, -1, -1) if self.channels == 1 else x[list(new)]
-            z = self.codec.net.encode(images)[0].float() * self.latent_scale
-            if not keys:
-                return z
-            self.latents |= {keys[i]: row for i, row in zip(new, z.half().cpu())}
-        return torch.stack([self.latents[key] for key in keys]).to(x.device).float()
+        self.codec.check(self.codec_id)
+        turned = batch is None or (batch.variant < 0).any()
+        return self.codec.encode(x, () if turned else (batch.index * 4 + batch.variant).tolist()) * self.latent_scale
 
     @torch.no_grad()
     def decode(self, z):
         """What flows -> images (B, channels, H, W)."""
         if not self.codec:
             return z
-        self.check_codec()
-        x = self.codec.net.to(z.device).decode(z / self.latent_scale).float()
-        return x.mean(1, keepdim=True) if self.channels == 1 else x
+        self.codec.check(self.codec_id)
+        return self.codec.decode(z / self.latent_scale, self.channels)
 
     @torch.no_grad()
     def label_map(self, labels, size, noise=True):
         """Labels (B,) -> label maps (B, D, *size) in the colours of the classes, or their latents, which are computed once and without noise."""
         if self.config.latent != "rgb":
             return label_map(self.codes, self.noise_width, labels, size, noise)
-        if "maps" not in self.latents:
+        if self.maps is None:
             pixels = [side * self.codec.net.multiple for side in size]
-            maps = label_map(self.codes, 0., torch.arange(self.classes, device=labels.device), pixels, noise=False)
-            self.latents["maps"] = self.codec.net.to(labels.device).encode(maps)[0].float()
-        return self.latents["maps"].to(labels.device)[labels] * self.latent_scale
+            self.maps = self.codec.encode(label_map(self.codes, 0., torch.arange(self.classes, device=labels.device), pixels, noise=False))
+        return self.maps.to(labels.device)[labels] * self.latent_scale
 
     def decode_map(self, y):
         """Label maps (B, S, D, h, w) as they flow -> in colours; only --latent rgb needs the decoder for it."""
-        return y if self.config.latent != "rgb" else self.codec.net.decode(y.flatten(0, 1) / self.latent_scale).float().unflatten(0, y.shape[:2])
+        return y if self.config.latent != "rgb" else self.codec.decode(y.flatten(0, 1) / self.latent_scale).unflatten(0, y.shape[:2])
 
 
 def build(config, facts):
@@ -351,6 +338,8 @@ def build(config, facts):
         raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.codes == "rgb" and len(facts["classes"]) > 64:
         raise run.UserError(f"--codes rgb: has 64 colours for {len(facts['classes'])} classes; take onehot or simplex")
+    if config.pretrain_epochs and not config.baseline:
+        raise run.UserError(f"--pretrain-epochs {config.pretrain_epochs} --no-baseline: there is no plain ResNet to train before the flow; leave one out")
     if config.codes == "grey" and not config.beta:
         raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
     if config.latent != "none" and not config.autoencoder:
@@ -375,8 +364,8 @@ def initialise(nets, data, config):
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
     if nets.codec and not config.latent_scale:
-        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device)))
-        nets.latent_scale.div_(nets.encode(some.x).std())
+        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
+        nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
     if config.init:
         run.load_init(nets, config.init, METHOD)
 
@@ -397,18 +386,16 @@ def learning_rate(config, group, epoch):
 
 
 # ============================================================================= 6 evaluation
-KINDS = ("distance", "entropy", "margin", "spread")
-
-
 @torch.no_grad()
 def classified(nets, split, config, device):
     """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image depends on (seed, id) alone."""
     n_y, *size = nets.shapes(config.size)[1]
     shape = config.samples, n_y, *(size if config.label_noise == "pixel" else (1, 1))
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
+        noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], shape, device).expand(-1, -1, -1, *size)
         with run.autocast(config, device):
-            noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], shape, device).expand(-1, -1, -1, *size)
-            yield batch, noise, classify(nets, config, batch.x, noise)
+            found = classify(nets, config, batch.x, noise)
+        yield batch, noise, found
 
 
 @torch.no_grad()
@@ -446,7 +433,8 @@ def measure(nets, data, config, device, figures):
         m = metrics.summary(val.labels, predictions[METHOD])
         table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(val)})
     right = predictions[METHOD].argmax(1) == val.labels                 # at the full setting, the last
-    d, votes = (torch.cat(parts).cpu().numpy() for parts in zip(*((out.d, out.votes) for *_, out in classified(nets, val, config, device))))
+    parts = zip(*((out.d, out.votes) for *_, out in classified(nets, val, config, device)))
+    d, votes = run.gather({i: torch.cat(part).cpu().numpy() for i, part in enumerate(parts)}).values()
     rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
              "auroc_distance": metrics.auroc(val.labels, -d)}
     return {"validation_by_steps_and_samples": table, "validation_by_rule": rules, "drawn": measure_drawn(nets, data, config, device, figures),
@@ -455,13 +443,13 @@ def measure(nets, data, config, device, figures):
 
 def measure_drawn(nets, data, config, device, figures):
     """Images drawn with the labels of n validation images. Are they copies of training images, how far are they from real ones, and
-    does the plain ResNet, which shares no weight with the flow, see the label asked for? Beside each: n real training images."""
+    does the plain ResNet, which shares no weight with the flow, see the label asked for? Beside each, the same of real images."""
     n = min(config.generated, len(data.val), len(data.train))
     if n < 2:
         return {}
-    labels, real = data.val.labels[:n], data.val.images[:n]
+    rows, some = (np.sort(np.random.default_rng(config.seed).permutation(len(split))[:n]) for split in (data.val, data.train))
+    labels, real, some = data.val.labels[rows], data.val.images[rows], data.train.images[some]
     drawn = draw_images(nets, config, labels, [f"drawn-{i}" for i in range(n)], device)
-    some = data.train.images[np.sort(np.random.default_rng(config.seed).permutation(len(data.train))[:n])]
     (near, where), (near_real, _) = (nearest(x, data.train.images, device) for x in (drawn, real))
     of_class = {name: drawn[labels == k][:8] for k, name in enumerate(data.classes) if (labels == k).any()}
     plots.image_grid(figures / "drawn.png", list(of_class.values()), row_names=list(of_class), title=f"Drawn in {config.draw_steps} steps")
@@ -482,8 +470,7 @@ def measure_drawn(nets, data, config, device, figures):
 def draw_images(nets, config, labels, ids, device):
     """Images uint8 (N, channels, H, W) of labels (N,), each with the noise of its id."""
     images, shape = [], nets.shapes(config.size)[0]
-    for i in run.progress(range(0, len(labels), config.eval_batch_size), "draw"):
-        part = slice(i, i + config.eval_batch_size)
+    for part in run.progress([slice(i, i + config.eval_batch_size) for i in range(0, len(labels), config.eval_batch_size)], "draw"):
         with run.autocast(config, device):
             x = draw(nets, config, torch.as_tensor(labels[part], device=device), run.image_noise(config.seed, ids[part], shape, device))
         images.append(to_uint8(x))
@@ -499,7 +486,7 @@ def nearest(images, among, device, chunk=1000):
     x, best = torch.from_numpy(np.array(images)).to(device).flatten(1).float(), None
     for i in range(0, len(among), chunk):
         y = torch.from_numpy(np.array(among[i:i + chunk])).to(device).flatten(1).float()
-        value, where = (torch.cdist(x, y) / x.shape[1] ** .5).min(1)
+        value, where = (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** .5).min(1)
         best = (value, where) if best is None else (torch.minimum(best[0], value), torch.where(value < best[0], where + i, best[1]))
     return best[0].cpu().numpy(), best[1].cpu().numpy()
 
@@ -509,9 +496,6 @@ def judge(resnet, images, device):
     """The plain ResNet's labels (N,) and pooled features (N, dim) float64 of images uint8."""
     features = torch.cat([resnet.features(x.to(device).float() / 127.5 - 1).float().mean((2, 3)) for x in torch.from_numpy(np.array(images)).split(128)])
     return resnet.fc(features).argmax(1).cpu().numpy(), features.double().cpu().numpy()
-
-
-PANELS = [("Losses", "loss", ["image", "label", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
 
 
 # ============================================================================= 7 setup
@@ -616,7 +600,8 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
     if limit < 0:
         raise run.UserError(f"--limit {limit}: 0 or more")
     split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=limit), facts).test, [])
-    split = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids]) if paths else split          # noise as in `predict`
+    split = dataclasses.replace(split, images=split.images[:limit], labels=split.labels[:limit],                # noise as in `predict`
+                                ids=[Path(name).stem if paths else name for name in split.ids[:limit]])
     classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
     for batch, noise, found in classified(nets, split, config, device):
         with run.autocast(config, device):
@@ -625,7 +610,7 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
             stops = [round(j * config.draw_steps / 4) for j in range(5)]
             way = [(nets.decode(way[j][0]), nets.decode_map(way[j][1][None])[0]) for j in stops]
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
-        for i, row in enumerate(batch.index[batch.index < limit]):
+        for i, row in enumerate(batch.index):
             name, p = split.ids[row], found.p[i].tolist()
             rows = [[split.images[row], *(to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
                     [as_picture(nets, config, found.y[i])], [to_uint8(x[i]) for x in of_class]]
@@ -640,11 +625,9 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
 
 
 def as_picture(nets, config, y):
-    """A label map (D, H, W) as an image: its colours, of codes without any the paper's palette by the weights of the classes."""
-    if config.codes == "rgb":
-        return to_uint8(y)
-    if config.codes == "grey":
-        return to_uint8(y / config.beta * 2)
+    """A label map (D, H, W) as a picture: palette and grey as they are; of equidistant codes the palette, mixed by the weights of the classes."""
+    if config.codes in ("rgb", "grey"):
+        return to_uint8(y if config.codes == "rgb" else y / config.beta * 2)
     weights = barycentric(y.flatten(1).T, nets.codes).clamp(0, 1)                       # (HW, K)
     palette = class_codes("rgb", nets.classes)[0].float().to(y.device)
     return to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
@@ -656,7 +639,7 @@ def main(argv=None):
     limit = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many pictures; default: all images given, or 8 of the test split")}
     return run.command_line(argv, sys.modules[__name__], {
         "sample": (sample_command, ["draw_steps", "seed", *SAMPLING], "Draw images of a class.", label),
-        "explain": (explain_command, ["data", "root", "split", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})
+        "explain": (explain_command, ["data", "root", "split", "draw_steps", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})
 
 
 if __name__ == "__main__":

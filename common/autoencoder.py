@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import unet
+from . import run, unet
 
 
 norm = partial(unet.norm, eps=1e-6)
@@ -177,3 +177,40 @@ def autoencoder_from(weights):
         raise ValueError(f"is no KL autoencoder (no tensor {str(fault)})") from None
     load_autoencoder(net, weights)
     return net.eval().requires_grad_(False)
+
+
+class Codec:
+    """A frozen autoencoder from a file, for what flows or is noised in its latents. It is no part of a network's weights: a checkpoint
+    knows it by `id`, a copy of a network shares it. Raises run.UserError where the file is no autoencoder's."""
+
+    def __init__(self, path):
+        try:
+            self.net = autoencoder_from(run.load_weights(path))
+        except ValueError as fault:
+            raise run.UserError(f"--autoencoder {path}: {fault}") from None
+        self.id, self.path, self.known = run.file_id(path), path, {}
+        self.channels, self.latent = self.net.decoder.conv_out.out_channels, self.net.post_quant_conv.in_channels
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def check(self, trained_with):
+        """Raises run.UserError where a model's `id` says that it was trained with another one."""
+        if int(trained_with) != self.id:
+            raise run.UserError(f"--autoencoder {self.path}: is not the one that this model was trained with")
+
+    @torch.no_grad()
+    def encode(self, x, keys=()):
+        """Images (B, channels, H, W), or gray ones (B, 1, H, W), in [-1, 1] -> latents (B, latent, H/f, W/f) float32: the posterior's mean.
+        Those with a key, one an image, are computed once and kept in half precision."""
+        if len(keys) == 0:
+            return self.net.to(x.device).encode(x.expand(-1, self.channels, -1, -1))[0].float()
+        if new := [i for i, key in enumerate(keys) if key not in self.known]:
+            self.known |= {keys[i]: z for i, z in zip(new, self.encode(x[new]).half().cpu())}
+        return torch.stack([self.known[key] for key in keys]).to(x.device).float()
+
+    @torch.no_grad()
+    def decode(self, z, channels=0):
+        """Latents -> images (B, channels, H, W) float32, not clamped; one channel of a colour autoencoder is the colours' mean."""
+        x = self.net.to(z.device).decode(z).float()
+        return x.mean(1, keepdim=True) if channels == 1 else x

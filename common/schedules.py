@@ -3,6 +3,8 @@
 Indices: t = 0..T-1 counts the noise levels that a network is trained on (the papers' t = 1..T); alpha_bar[t] is the share
 of signal variance left at level t. A reverse step goes from level t to s < t; s = -1 is the clean end, alpha_bar = 1.
 """
+import math
+
 import torch
 
 
@@ -48,3 +50,38 @@ def ddpm_step(y_t, y0, noise, ab_t, ab_s, f=0.):
 def ddim_step(eps, y0, ab_s, f=0.):
     """The deterministic step (Song et al. 2021, eta = 0): the same noise at the next level."""
     return ab_s ** .5 * y0 + (1 - ab_s) ** .5 * eps + (1 - ab_s ** .5) * f
+
+
+# ----------------------------------------------------------------------------- continuous time, by log-SNR
+def shifted_cosine(t, noise_d=64, image_d=64):
+    """log-SNR of the cosine schedule at times t in 0..1 (any shape), falling (Kingma et al. 2021), shifted for images of image_d pixels
+    a side to the noise that noise_d pixels would have (Hoogeboom et al. 2023, simple diffusion, eqs. 4-6).
+
+    The authors of the diffusion classifier shift the bounds -15 and 15 as well, as here: values are those of their schedule.
+    """
+    low, span = _cosine_range(noise_d, image_d)
+    return -2 * torch.log(torch.tan(low + t * span)) + 2 * math.log(noise_d / image_d)
+
+
+def shifted_cosine_slope(t, noise_d=64, image_d=64):
+    """-d log-SNR / dt, positive: half of it weighs the eps error in the likelihood bound (Kingma et al. 2021, eq. 17)."""
+    low, span = _cosine_range(noise_d, image_d)
+    return 4 * span / torch.sin(2 * (low + t * span))
+
+
+def _cosine_range(noise_d, image_d):
+    shift = math.log(noise_d / image_d)
+    low, high = math.atan(math.exp(-(15 + shift) / 2)), math.atan(math.exp(-(-15 + shift) / 2))
+    return low, high - low
+
+
+def alpha_sigma(logsnr):
+    """Scales of signal and noise, alpha^2 + sigma^2 = 1, of a log-SNR (any shape)."""
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+
+def logsnr_step(z, x_hat, noise, logsnr_t, logsnr_s):
+    """Draws z_s from q(z_s | z_t, x = x_hat), logsnr_s > logsnr_t: DDPM's posterior in continuous time (Kingma et al. 2021, eq. 35)."""
+    (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    c = -torch.expm1(logsnr_t - logsnr_s)
+    return alpha_s * (z * (1 - c) / alpha_t + c * x_hat) + sigma_s * c.sqrt() * noise

@@ -106,18 +106,20 @@ class UNet(nn.Module):
     attention:    the downsampling factors (1, 2, 4, ...) at which every block has attention; the middle always has it.
                   A factor that no level has is without effect.
     num_classes:  rows of the class embedding, None for a network without y. A null token is a row more, asked for by the caller.
+    late_class:   the class enters the up blocks alone: one `encode` of an image then serves the `decode` of every class.
     t is used as it comes (see `sinusoid`). The output has the dtype of torch's convolutions: bfloat16 under autocast.
     Raises ValueError for sides that cannot be halved that often, for y missing or not expected, for odd `channels`, and where
     a level's channels do not divide into its heads.
     """
 
-    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0.):
+    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels {channels}: must be even, half for the cosines and half for the sines of t")
         self.channels, self.multiple, c_emb = channels, 2 ** (len(mult) - 1), 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.classes = nn.Embedding(num_classes, c_emb) if num_classes is not None else None
+        self.late_class = late_class
 
         def block(c_in, level, attend):
             return Block(c_in, channels * mult[level], c_emb, dropout, head_channels if attend else None)
@@ -149,8 +151,11 @@ class UNet(nn.Module):
         if (y is None) != (self.classes is None):
             raise ValueError("y is missing: the network was made for classes" if y is None else
                              "y is given, but the network was made without num_classes")
-        emb = self.time(sinusoid(t, self.channels).to(self.time[0].weight.dtype))
+        emb = self.time_embedding(t)
         return emb if y is None else emb + self.classes(y)
+
+    def time_embedding(self, t):
+        return self.time(sinusoid(t, self.channels).to(self.time[0].weight.dtype))
 
     def _encode(self, x, emb):
         H, W = x.shape[-2:]
@@ -172,14 +177,22 @@ class UNet(nn.Module):
 
         Level by level the convolution it begins with and its blocks (after their attention): the skips; then the middle.
         Mediffusion's H_t (Kaleta et al. 2024): 256 256 256 | 256 512 512 | 512 1024 1024 | 1024 channels, 5,632 in all.
+        With late_class they do not depend on y, which may be left out.
         """
-        return self._encode(x, self.embed(t, y))
+        return self._encode(x, self.time_embedding(t) if self.late_class else self.embed(t, y))
 
-    def forward(self, x, t, y=None):
-        emb = self.embed(t, y)
-        *skips, h = self._encode(x, emb)
+    def _decode(self, features, emb):
+        *skips, h = features
         for blocks, conv in zip(self.up, self.leave):
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
             h = conv(h)
         return h
+
+    def decode(self, features, t, y=None):
+        """What `encode` gave, or its rows repeated for several classes -> the prediction, as `forward` gives it."""
+        return self._decode(features, self.embed(t, y))
+
+    def forward(self, x, t, y=None):
+        emb = self.embed(t, y)
+        return self._decode(self._encode(x, self.time_embedding(t) if self.late_class else emb), emb)

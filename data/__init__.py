@@ -3,13 +3,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import cache, folder, ham10000, medmnist, splits, toy
+from . import cache, chexpert, folder, ham10000, isic2020, medmnist, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split"]
-LOADERS = {"ham10000": ham10000.table, "folder": folder.table}
+LOADERS = {"ham10000": ham10000.table, "isic2020": isic2020.table, "chexpert": chexpert.table, "folder": folder.table}
 NAMES = ("toy", *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
 
@@ -23,7 +23,8 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     size      pixels a side; default 32 for toy sets and MedMNIST, else 224
     seed      of the toy images and of `limit`; no split depends on it
     split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by
-              patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides
+              patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides (the diffusion
+              classifier's two sets, chexpert by patient and isic2020 by image: 10 % and 10 %, as many images of each class)
     limit     at most this many images a split, each class its share and at least one, drawn before decoding
     fit       "crop" the central square (default) or "squash" the whole picture
     skip_bad  leave out files that are missing or cannot be read, and say how many; otherwise they are an error

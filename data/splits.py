@@ -24,12 +24,26 @@ def group_split(labels, groups, test=TEST, val=VAL):
         members[min(classes, key=lambda c: (count[c], c))].append(group)
     side = {}
     for inside in members.values():
-        inside.sort(key=lambda g: hashlib.sha256(str(g).encode("utf-8", "surrogateescape")).digest())
+        inside.sort(key=_place)
         n, parts = len(inside), 1 + (test > 0) + (val > 0)
         n_test, n_val = (max(round(share * n), int(share > 0 and n >= parts)) for share in (test, val))
         for i, group in enumerate(inside):
             side[group] = "test" if i < n_test else "val" if i < n_test + n_val and n >= parts else "train"
     return [side[group] for group in groups]
+
+
+def _place(name):
+    """A sort key that is a lottery and always the same one."""
+    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).digest()
+
+
+def balanced(labels, names):
+    """Sorted rows with as many images of each class as the rarest has: those whose name comes first by SHA-256. No seed."""
+    inside = defaultdict(list)
+    for row in sorted(range(len(names)), key=lambda row: _place(names[row])):
+        inside[labels[row]].append(row)
+    n = min(map(len, inside.values()), default=0)
+    return sorted(row for rows in inside.values() for row in rows[:n])
 
 
 def assign(records, by_group=True, test=TEST, val=VAL):

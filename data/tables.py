@@ -23,9 +23,10 @@ class Table:
     notes: list = field(default_factory=list)
 
 
-def read_table(path):
+def read_table(path, only=None):
     """A CSV or tab-separated file -> (column names in lower case, rows as (line number, {name: value})), everything stripped.
 
+    only: the columns to keep in the rows, where a table is large.
     Byte-order marks, CR LF, blank lines, unnamed columns and a header repeated in the body do no harm.
     Raises DataError for a file that is no such table, and for a line with too few fields.
     """
@@ -35,13 +36,14 @@ def read_table(path):
     header = lines[0][1]
     names = [name.lower() for name in header]
     place = {name: names.index(name) for name in names if name}         # the first of two equal names
+    last, wanted = max(place.values()), [(name, i) for name, i in place.items() if only is None or name in only]
     rows = []
     for number, row in lines[1:]:
         if row == header:
             continue
-        if len(row) <= max(place.values()):
+        if len(row) <= last:
             raise DataError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; download the file again")
-        rows.append((number, {name: row[i] for name, i in place.items()}))
+        rows.append((number, {name: row[i] for name, i in wanted}))
     return list(place), rows
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffmic
 import symmflow
-from common.autoencoder import AutoencoderKL
+from common.autoencoder import AutoencoderKL, Codec
 from common.unet import UNet
 from data import Batches, Split
 from data.batches import Batch
@@ -192,14 +192,11 @@ def unet_pass(s, training):
     return s.both(lambda: work(nets.unet), lambda: work(lambda *given: authors.unet(nets.unet, *given)), 9)
 
 
-class NoFile:
-    """An autoencoder of the paper's size without weights, in place of one from a file."""
+class NoFile(Codec):
+    """An autoencoder of the paper's size with random weights, in place of one from a file."""
 
     def __init__(self, path):
-        self.net, self.id, self.path, self.channels, self.latent = AutoencoderKL(), 0, path, 3, 4
-
-    def __deepcopy__(self, memo):
-        return self
+        self.net, self.id, self.path, self.known, self.channels, self.latent = AutoencoderKL(), 0, path, {}, 3, 4
 
 
 def latent_flow(device, **given):

@@ -122,6 +122,41 @@ def ideas_table(method):
     return "\n".join(lines)
 
 
+def steps_table(name):
+    """The README's table of the flow's steps and draws: validation, mean over the seeds of a cell."""
+    lines = ["| steps | draws | accuracy | ECE | NLL | ms an image |", "|---|---|---|---|---|---|"]
+    for rows in zip(*(record["method_specific"]["validation_by_steps_and_samples"] for record in records(name))):
+        mean = {k: np.mean([row[k] for row in rows]) for k in rows[0]}
+        lines.append(f"| {rows[0]['steps']} | {rows[0]['samples']} | {mean['accuracy']:.3f} | {mean['ece']:.3f} | {mean['nll']:.3f} | {1e3 * mean['seconds_an_image']:.1f} |")
+    return "\n".join(lines)
+
+
+DRAWN = {"label, as the plain ResNet sees it": ("label_agreement", "label_agreement_of_validation"),
+         "Frechet distance, of the ResNet's features, to validation": ("frechet_drawn_to_validation", "frechet_training_to_validation"),
+         "kernel distance, of the same": ("kernel_drawn_to_validation", "kernel_training_to_validation"),
+         "distance to the nearest training image, grey levels": ("distance_to_training", "distance_of_validation")}
+
+
+def drawn_table(name):
+    """The README's table of drawn images beside real ones that the flow never saw, or for the two distances some that it did."""
+    found = [record["method_specific"]["drawn"] for record in records(name)]
+    lines = ["| | drawn | real |", "|---|---|---|"]
+    for what, keys in DRAWN.items():
+        cells = [[f[key] for f in found] for key in keys]
+        lines.append(f"| {what} | " + " | ".join(f"{np.mean(v):.3g} ± {np.std(v, ddof=1):.2g}" for v in cells) + " |")
+    return "\n".join(lines)
+
+
+def coverage_table(name):
+    """Accuracy of what is left when the most uncertain images are set aside: mean over the seeds of a cell."""
+    found = [record["accuracy_by_coverage"] for record in records(name)]
+    shown = (0, 4, 8, 12, 16, 19)                                       # of 0, 5, .. 95 % set aside
+    lines = ["| set aside | " + " | ".join(f"{5 * i} %" for i in shown) + " |", "|---|" + "---|" * len(shown)]
+    for model in found[0]:
+        lines.append(f"| {model} | " + " | ".join(f"{np.mean([f[model][i][1] for f in found]):.3f}" for i in shown) + " |")
+    return "\n".join(lines)
+
+
 def records(name):
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-s[0-9]*.json"))]
 
@@ -146,7 +181,24 @@ def table(name):
 
 
 def pictures(folder):
-    """The README's pictures of DiffMIC, out of a toy run: predictions, one explanation, t-SNE as the paper's Fig. 2."""
+    """The README's pictures, out of a toy run."""
+    method = json.loads((Path(folder) / "metrics.json").read_text())["method"]
+    return {"diffmic": diffmic_pictures, "symmflow": symmflow_pictures}[method](folder)
+
+
+def symmflow_pictures(folder):
+    """Images drawn of each class, those nearest to a training image, accuracy against coverage; one explanation."""
+    symmflow = importlib.import_module("symmflow")
+    for name in ("drawn", "nearest", "coverage"):
+        shutil.copy(Path(folder) / "figures" / f"{name}.png", RESULTS / f"symmflow-{name}.png")
+    with tempfile.TemporaryDirectory() as out:
+        symmflow.explain_command(Path(folder) / "best.pt", limit=8, output=out)
+        shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / "symmflow-explain.png")
+    return RESULTS / "symmflow-explain.png"
+
+
+def diffmic_pictures(folder):
+    """Predictions, one explanation, t-SNE as the paper's Fig. 2."""
     diffmic = importlib.import_module("diffmic")
     with tempfile.TemporaryDirectory() as out:
         diffmic.explain_command(Path(folder) / "best.pt", tsne=True, limit=8, output=out)
@@ -176,12 +228,13 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
-    parser.add_argument("--picture", metavar="RUN", help="draw tests/results/diffmic*.png from a toy run")
+    parser.add_argument("--picture", metavar="RUN", help="draw tests/results/METHOD*.png from a toy run")
     args = parser.parse_args(argv)
     if args.picture:
         return print(pictures(args.picture))
     if args.table:
-        print(f"{regions_table('diffmic-toy')}\n\n{ideas_table('diffmic')}\n\n{few_table()}\n")
+        print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"),
+                drawn_table("symmflow-toy"), ideas_table("symmflow")), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")

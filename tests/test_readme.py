@@ -11,15 +11,17 @@ import pytest
 from PIL import Image
 
 import diffmic
+import symmflow
 from tests import bench, claims
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"(?s)```\n(.*?)```", README) for line in block.splitlines()]
-COMMANDS += re.findall(r"`(python diffmic\.py[^`]*)`", README)
+COMMANDS += re.findall(r"`(python (?:diffmic|symmflow)\.py[^`]*)`", README)
 
 
-OWN_TABLE = ["diffmic-toy", "diffmic-toy-paper", "diffmic-ham10000-small"]
+OWN_TABLE = ["diffmic-toy", "diffmic-toy-paper", "diffmic-ham10000-small", "symmflow-toy", "symmflow-toy-paper", "symmflow-retinamnist-small",
+             "symmflow-retinamnist-small-paper"]
 
 
 @pytest.mark.parametrize("name", OWN_TABLE)
@@ -29,13 +31,18 @@ def test_the_table_in_the_readme_is_the_one_made_from_the_records(name):
 
 def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README and claims.few_table() in README
+    assert claims.steps_table("symmflow-toy") in README and claims.coverage_table("symmflow-toy") in README
+    assert claims.drawn_table("symmflow-toy") in README and claims.ideas_table("symmflow") in README
     assert bench.table(json.loads((claims.RESULTS / "bench-cpu.json").read_text())) in README
 
 
-def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records():
-    given = re.findall(r"  (plus|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", diffmic.__doc__)
-    cells = {"plus": "diffmic-toy", "its base": "diffmic-toy-base"}
-    cells |= {claims.command(f"diffmic-toy-{name}", 0).partition("--prior-dropout 0.0 ")[2]: f"diffmic-toy-{name}" for name in claims.IDEAS["diffmic"]}
+@pytest.mark.parametrize("method", [diffmic, symmflow], ids=lambda m: m.METHOD)
+def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records(method):
+    given = re.findall(r"  (plus|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", method.__doc__)
+    name = method.METHOD
+    cells = {"plus": f"{name}-toy"} | ({"its base": f"{name}-toy-base"} if claims.BASE[name] else {})
+    changed = {idea: claims.command(f"{name}-toy-{idea}", 0).partition(".py ")[2].replace("--prior-dropout 0.0 ", "") for idea in claims.IDEAS[name]}
+    cells |= {option: f"{name}-toy-{idea}" for idea, option in changed.items()}
     assert {option for option, *_ in given} == set(cells)
     for option, accuracy, nll in given:
         val = claims.records(cells[option])[0]["method_specific"]["validation_by_steps_and_samples"][-1]
@@ -56,7 +63,7 @@ def test_a_record_says_how_it_was_made(name):
     for record in claims.records(name):
         assert record["command"] == claims.command(name, record["seed"])
         assert record["selected_epoch"] <= 2 + claims.CELLS[name][1].get("epochs", 12) and record["test"]["n"] > 0 and record["seconds"] > 0
-        assert {"majority", "resnet", "guide"} <= set(record["baselines"])
+        assert {"majority", "resnet"} | ({"guide"} if name.startswith("diffmic") else set()) <= set(record["baselines"])
 
 
 def test_numbers_outside_the_tables_are_in_the_records():
@@ -80,11 +87,25 @@ def test_the_diffusion_beside_its_controls_is_as_the_readme_says():
     assert f"Without prior dropout it scores {np.mean(base):.3f} ± {np.std(base, ddof=1):.3f}" in README
 
 
-def test_at_the_default_budget_toy_accuracy_is_within_seven_points_of_bayes():
-    records = claims.records("diffmic-toy")
+@pytest.mark.parametrize("name, points", [("diffmic-toy", .07), ("symmflow-toy", .08)])
+def test_at_the_default_budget_toy_accuracy_is_close_to_bayes(name, points):
+    records = claims.records(name)
     assert len(records) == 3
     for record in records:
-        assert record["test"]["accuracy"] > record["bayes"]["accuracy"] - .07
+        assert record["test"]["accuracy"] > record["bayes"]["accuracy"] - points
+
+
+def test_one_hot_codes_set_the_right_images_aside():
+    """Toy, mean of three seeds: the curve does not fall beyond noise, two standard errors of a step's own images."""
+    curves = np.array([[accuracy for _, accuracy in record["accuracy_by_coverage"]["symmflow"]] for record in claims.records("symmflow-toy")]).mean(0)
+    kept = 3000 * (1 - .05 * np.arange(20))
+    noise = 2 * np.sqrt(curves * (1 - curves) / kept)
+    assert (np.maximum.accumulate(curves) - curves <= noise + 1e-9).all()
+
+
+def test_on_retinamnist_three_seeds_have_48_percent_on_average():
+    records = claims.records("symmflow-retinamnist-small")
+    assert len(records) == 3 and np.mean([r["test"]["accuracy"] for r in records]) >= .48
 
 
 def test_the_pictures_of_the_readme_are_there():
@@ -117,24 +138,27 @@ def run(command, cwd):
 
 
 def test_the_commands_of_the_readme_run(lesions):
-    """Each `python diffmic.py ...` of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file."""
+    """Each command of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file."""
     small = " --limit 64 --epochs 1"
     done = []
-    first = run(f"python diffmic.py --output RUN{small}", lesions)
-    assert first.returncode == 0, first.stderr
-    for command in dict.fromkeys(c for c in COMMANDS if "diffmic.py" in c and "torchrun" not in c):
-        command = command[command.index("python diffmic.py"):]
-        if "ham10000" in command or "--data folder --root DIR" in command:
+    for method in ("diffmic", "symmflow"):
+        first = run(f"python {method}.py --output RUN-{method}{small}", lesions)
+        assert first.returncode == 0, first.stderr
+    for command in dict.fromkeys(c for c in COMMANDS if re.search(r"(diffmic|symmflow)\.py", c) and "torchrun" not in c):
+        command = command[re.search(r"python (diffmic|symmflow)\.py", command).start():]
+        command = command.replace("RUN", "RUN-symmflow" if "symmflow.py" in command else "RUN-diffmic")
+        if "--data" in command and "DIR" in command:
             continue                                                    # needs the data; the folder's twin below does without
         if " eval " in command and "--root" in command:
             continue
-        trains = not re.search(r" (eval|predict|explain) |--help|--resume", command)
+        trains = not re.search(r" (eval|predict|explain|sample) |--help|--resume", command)
         output = f" --output out{len(done)}" if trains and "--output" not in command else ""
         result = run(command + (small if trains else "") + output, lesions)
         assert result.returncode == 0, (command, result.stderr)
         assert "Traceback" not in result.stderr
         done.append(command)
-    assert any("--data folder" in c for c in done) and any("predict" in c for c in done) and any(c.endswith("RUN") for c in done)
+    assert any("--data folder" in c for c in done) and any("predict" in c for c in done) and any(c.endswith("--resume RUN-diffmic") for c in done)
+    assert any("symmflow.py sample" in c for c in done) and any("symmflow.py explain" in c for c in done)
 
 
 def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
@@ -142,4 +166,13 @@ def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
     if not root.exists():
         pytest.skip("no HAM10000 beside the repository")
     result = run(f"python diffmic.py --data ham10000 --root {root} --scale small --limit 64 --epochs 1 --output {tmp_path / 'run'}", tmp_path)
+    assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("file", ["", "retinamnist.npz"])
+def test_the_retinamnist_command_of_the_readme_runs_where_the_data_are(tmp_path, file):
+    root = ROOT.parent / "shared" / "data" / "medmnist"
+    if not root.exists():
+        pytest.skip("no MedMNIST beside the repository")
+    result = run(f"python symmflow.py --data retinamnist --root {root / file} --scale small --limit 64 --epochs 1 --generated 8 --output {tmp_path / 'run'}", tmp_path)
     assert result.returncode == 0 and "resnet" in result.stdout, result.stderr

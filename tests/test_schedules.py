@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, posterior, respaced_timesteps
+from common.schedules import (alpha_sigma, ddim_step, ddpm_step, level, linear_alpha_bar, logsnr_step, posterior, respaced_timesteps,
+                              shifted_cosine, shifted_cosine_slope)
 
 AB = linear_alpha_bar()
 
@@ -145,3 +146,43 @@ def test_a_ddim_step_keeps_the_noise_and_moves_along_the_closed_form():
         a, c = math.sqrt(AB[s]), math.sqrt(1 - AB[s])
         assert torch.allclose(ddim_step(eps, y0, AB[s].item(), f), a * y0 + c * eps + (1 - a) * f, rtol=0, atol=1e-12)
     assert torch.equal(ddim_step(eps, y0, 1.0, f), y0)
+
+
+# ---------------------------------------------------------------------------------------------- continuous time, by log-SNR
+TIMES = torch.tensor([0, .05, .1, .25, .5, .75, .9, 1], dtype=torch.float64)
+
+
+def test_the_shifted_cosine_has_the_values_of_the_diffusion_classifiers_authors():
+    found = shifted_cosine(TIMES, 64, 256)
+    assert torch.allclose(found, torch.tensor([10.84, 2.29, .90, -1.01, -2.774, -4.54, -6.46, -19.16], dtype=torch.float64), atol=5.1e-3)
+    a, s = alpha_sigma(found[4])
+    assert a.item() == pytest.approx(.242, abs=5e-4) and s.item() == pytest.approx(.970, abs=5e-4)
+    assert (shifted_cosine(torch.linspace(0, 1, 1001), 64, 256).diff() < 0).all()
+
+
+def test_without_a_shift_it_is_the_cosine_between_its_bounds_and_a_shift_lowers_its_middle_by_that_of_the_noise():
+    plain = shifted_cosine(TIMES, 64, 64)
+    assert plain[0].item() == pytest.approx(15) and plain[-1].item() == pytest.approx(-15) and plain[4].item() == pytest.approx(0, abs=1e-9)
+    assert torch.allclose(plain[1:-1], -2 * torch.log(torch.tan(math.pi / 2 * TIMES[1:-1])), atol=.02)
+    assert shifted_cosine(TIMES[4], 64, 128).item() == pytest.approx(2 * math.log(1 / 2), abs=2e-3)
+
+
+@pytest.mark.parametrize("image_d", [32, 64, 256])
+def test_the_slope_is_the_derivative_of_the_log_snr(image_d):
+    t = TIMES.clone().requires_grad_()
+    slope, = torch.autograd.grad(shifted_cosine(t, 64, image_d).sum(), t)
+    assert torch.allclose(shifted_cosine_slope(TIMES, 64, image_d), -slope, rtol=1e-9)
+
+
+def test_signal_and_noise_have_variance_one_together_and_the_log_snr_between_them():
+    logsnr = torch.linspace(-19, 15, 50, dtype=torch.float64)
+    a, s = alpha_sigma(logsnr)
+    assert torch.allclose(a ** 2 + s ** 2, torch.ones(50, dtype=torch.float64)) and torch.allclose(2 * torch.log(a / s), logsnr)
+
+
+def test_a_step_in_log_snr_is_ddpms_step_between_the_same_levels():
+    z, x, noise = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for low, high in ((-6., -5.5), (-1., 3.), (0., 12.)):
+        low, high = torch.tensor([low, high], dtype=torch.float64)
+        expected = ddpm_step(z, x, noise, torch.sigmoid(low).item(), torch.sigmoid(high).item())
+        assert torch.allclose(logsnr_step(z, x, noise, low, high), expected, atol=1e-9)

@@ -30,6 +30,7 @@ from data import Batches, DataSet, Split, load_for, toy
 from data.batches import Batch, augment, draw_changes
 from symmflow import Config, configure
 from tests.test_medmnist import write as write_medmnist
+from tests.test_run import processes
 
 CPU, KINDS = torch.device("cpu"), ("rgb", "grey", "onehot", "simplex")
 
@@ -960,7 +961,7 @@ def test_turned_images_and_those_of_no_training_batch_are_encoded_anew(latent):
         for part in Batches(split, 3, train=True, augment=("rotate",), start=epoch * 2):
             nets.encode(part.x, part)
             nets.encode(part.x)
-    assert calls == {"encoder": 24} and not nets.latents
+    assert calls == {"encoder": 24} and not nets.codec.known
 
 
 @torch.no_grad()
@@ -1279,23 +1280,63 @@ def test_the_two_decisions_and_the_papers_auroc_are_those_of_validation(toy_run,
     assert (d.argmin(1) != votes.argmax(1)).any()                        # else this says little
 
 
+def test_two_processes_measure_what_one_does(toy_run, tmp_path):
+    config, nets, _, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
+    data, config = load_for(config), dataclasses.replace(config, generated=0)
+
+    def work(rank):
+        found = symmflow.measure(nets, data, config, device, toy_run)
+        return found["validation_by_rule"] | found["validation_aurc"]
+    alone = work(0)
+    for found in processes(work, tmp_path):
+        assert found == pytest.approx(alone, abs=1e-6)
+
+
+def test_autocast_ends_where_a_batch_is_handed_over(monkeypatch):
+    config = tiny(amp="bf16")
+    for batch, noise, found in symmflow.classified(networks(config), pictures(3), config, CPU):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_images_to_be_measured_are_drawn_from_the_whole_split_whatever_its_order(toy_run, tmp_path, monkeypatch):
+    config, nets, _, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
+    data, seen = load_for(config), []
+    order = np.argsort(data.val.labels, kind="stable")                  # a folder's: class by class
+    val = dataclasses.replace(data.val, images=data.val.images[order], labels=data.val.labels[order])
+    monkeypatch.setattr(symmflow, "draw_images", lambda nets, config, labels, ids, device: seen.append(labels) or val.images[:len(labels)])
+    symmflow.measure_drawn(nets, dataclasses.replace(data, val=val), dataclasses.replace(config, generated=6), device, tmp_path)
+    assert len(seen[0]) == 6 and not np.array_equal(seen[0], val.labels[:6])
+
+
+@torch.no_grad()
+def test_a_copy_of_a_training_image_is_at_distance_zero():
+    among = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32), np.uint8)
+    distance, where = symmflow.nearest(among[[7, 30]], among, CPU)
+    assert distance.tolist() == [0, 0] and where.tolist() == [7, 30]
+
+
+def test_a_warm_up_of_a_resnet_that_is_not_there_is_refused():
+    with pytest.raises(run.UserError, match="--pretrain-epochs 2 --no-baseline"):
+        networks(tiny(pretrain_epochs=2, baseline=False))
+
+
 def test_drawn_images_are_measured_against_validation_beside_as_many_of_training(toy_run, tmp_path, monkeypatch):
     """Features are told apart by their mean: drawn 0, validation 1, training 4."""
     config, nets, _, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
     data, spread = load_for(config), np.random.default_rng(0).normal(size=(8, 2))
-    train = {image.tobytes() for image in data.train.images}
+    train, rows = {image.tobytes() for image in data.train.images}, np.sort(np.random.default_rng(config.seed).permutation(len(data.val))[:8])
 
     def judge(resnet, images, device):
         assert len(images) == 8 and resnet is nets.resnet
-        kind = "validation" if np.array_equal(images, data.val.images[:8]) else "training" if {i.tobytes() for i in images} <= train else "drawn"
-        return np.where(kind == "drawn", data.val.labels[:8], 9), spread + {"drawn": 0, "validation": 1, "training": 4}[kind]
+        kind = "validation" if np.array_equal(images, data.val.images[rows]) else "training" if {i.tobytes() for i in images} <= train else "drawn"
+        return np.where(kind == "drawn", data.val.labels[rows], 9), spread + {"drawn": 0, "validation": 1, "training": 4}[kind]
 
     monkeypatch.setattr(symmflow, "judge", judge)
     found = symmflow.measure_drawn(nets, data, config, device, tmp_path)
     assert found["frechet_drawn_to_validation"] == pytest.approx(2, abs=1e-6) and found["frechet_training_to_validation"] == pytest.approx(18, abs=1e-6)
     assert found["label_agreement"] == 1 and found["label_agreement_of_validation"] == 0
     assert found["kernel_training_to_validation"] > found["kernel_drawn_to_validation"]
-    assert found["distance_of_validation"] == pytest.approx(np.median(symmflow.nearest(data.val.images[:8], data.train.images, CPU)[0]))
+    assert found["distance_of_validation"] == pytest.approx(np.median(symmflow.nearest(data.val.images[rows], data.train.images, CPU)[0]))
     assert set(opened(tmp_path)) == {"drawn.png", "nearest.png"}
 
 
@@ -1449,8 +1490,8 @@ def test_what_explain_shows_is_the_way_from_image_and_noise_and_the_image_as_eve
     (((x_way, y_way, read_as, as_class), captions, names),) = grids
     config, nets, facts, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
     split = load_for(dataclasses.replace(config, limit=1)).test
-    x, noise = torch.from_numpy(split.images) / 127.5 - 1, run.image_noise(config.seed, split.ids, (config.samples, *nets.shapes(28)[1]), device)[:, 0]
-    x, noise = x[:1], noise[:1]
+    x = torch.from_numpy(split.images[:1]) / 127.5 - 1
+    noise = run.image_noise(config.seed, split.ids[:1], (config.samples, nets.n_y, 1, 1), device)[:, 0].expand(-1, -1, 28, 28)      # label noise is shared
     with torch.no_grad():
         way = symmflow.flow(nets.unet, config, x, noise, 1., 0., config.draw_steps)
         again = [symmflow.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]

@@ -172,6 +172,24 @@ def test_the_network_equals_its_blocks_joined_by_hand():
     assert not features and torch.allclose(net(x, t, y), h, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_late_class_enters_the_up_blocks_alone_so_that_one_encoding_serves_all_classes():
+    (x, t), y = inputs(), torch.tensor([1, 0])
+    late, early = worn(tiny(num_classes=2, late_class=True)), worn(tiny(num_classes=2))
+    assert late.state_dict().keys() == early.state_dict().keys()
+    features = late.encode(x, t)
+    assert all(torch.equal(*pair) for pair in zip(features, late.encode(x, t, y), strict=True))
+    for k in range(2):
+        labels = torch.full((2,), k)
+        assert torch.equal(late.decode(features, t, labels), late(x, t, labels))
+    assert not torch.allclose(late(x, t, y), late(x, t, 1 - y)) and not torch.allclose(late(x, t, y), early(x, t, y))
+    twice = [f.repeat_interleave(2, 0) for f in features]               # an encoding an image, a decoding an image and class
+    both = late.decode(twice, t.repeat_interleave(2), torch.tensor([0, 1, 0, 1]))
+    assert torch.allclose(both[::2], late(x, t, torch.zeros(2, dtype=torch.long)), atol=1e-5)
+    with pytest.raises(ValueError, match="y is missing"):
+        late(x, t)
+
+
 # ---------------------------------------------------------------------------------------------- norms and small networks
 @pytest.mark.parametrize("c, groups", [(2, 1), (6, 3), (8, 4), (32, 16), (48, 24), (64, 32), (96, 32), (128, 32), (1024, 32)])
 def test_a_norm_has_32_groups_or_as_many_as_leave_two_channels_to_each(c, groups):
