@@ -115,6 +115,7 @@ class Config:
     label_loss: Literal["velocity", "map"] = "velocity"  # squared error of v_y, or of the label map that it leads to: t^2 of it
     precondition: bool = False  # add the least-squares guess of the velocity, (2t - 1) / (t^2 + (1 - t)^2) z_t if entries have mean square 1
     label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y of each pixel, whose mean gives the label away at t < 1, or one for all pixels
+    pooled: bool = False  # the mean pixel of y_t also enters with the time embedding; in the image's channels group norms hide what is constant
     t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
@@ -127,8 +128,8 @@ class Config:
 
 
 SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=200)
-PLUS = dict(codes="onehot", time_scale=1000., t_one=.5, image_weight=.3, label_loss="map", label_noise="shared", precondition=True, samples=4,
-            calibrate=True, uncertainty="entropy")
+PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, image_weight=.5, label_loss="map", label_noise="shared", pooled=True, precondition=True,
+            samples=4, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"folder": dict(augment="hflip")} | dict.fromkeys(            # no flips where up or left means something
     ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist"), dict(augment=""))
@@ -172,7 +173,7 @@ def path(x, y, xi_x, xi_y, t, s):
 def velocity(unet, config, x, y, t):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
     z = torch.cat([x, y], 1)
-    v = unet(z, t * config.time_scale).float()
+    v = unet(z, t * config.time_scale, y.mean((2, 3)) if config.pooled else None).float()
     if config.precondition:                                             # the U-Net adds to what z alone says
         t = t.view(-1, 1, 1, 1)
         v = v + (2 * t - 1) / (t ** 2 + (1 - t) ** 2) * z
@@ -289,7 +290,8 @@ class Networks(nn.Module):
         self.n_y = self.n_x if config.latent == "rgb" else codes.shape[1]
         mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
         self.multiple = 2 ** (len(mult) - 1) * (self.codec.net.multiple if self.codec else 1)           # of which the sides of an image must be
-        self.unet = UNet(self.n_x + self.n_y, self.n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels)
+        self.unet = UNet(self.n_x + self.n_y, self.n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels,
+                         num_values=self.n_y if config.pooled else None)
         self.register_buffer("codes", codes.float())
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))

@@ -106,19 +106,21 @@ class UNet(nn.Module):
     attention:    the downsampling factors (1, 2, 4, ...) at which every block has attention; the middle always has it.
                   A factor that no level has is without effect.
     num_classes:  rows of the class embedding, None for a network without y. A null token is a row more, asked for by the caller.
+    num_values:   y is float (B, num_values) instead, and enters through a linear layer: what all pixels have in common, of which group norms
+                  leave little where it stands in the image's channels.
     late_class:   the class enters the up blocks alone: one `encode` of an image then serves the `decode` of every class.
     t is used as it comes (see `sinusoid`). The output has the dtype of torch's convolutions: bfloat16 under autocast.
     Raises ValueError for sides that cannot be halved that often, for y missing or not expected, for odd `channels`, and where
     a level's channels do not divide into its heads.
     """
 
-    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False):
+    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False, num_values=None):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels {channels}: must be even, half for the cosines and half for the sines of t")
         self.channels, self.multiple, c_emb = channels, 2 ** (len(mult) - 1), 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.classes = nn.Embedding(num_classes, c_emb) if num_classes is not None else None
+        self.classes = nn.Embedding(num_classes, c_emb) if num_classes is not None else nn.Linear(num_values, c_emb) if num_values is not None else None
         self.late_class = late_class
 
         def block(c_in, level, attend):
@@ -150,7 +152,7 @@ class UNet(nn.Module):
         """t (B,), y (B,) or None -> (B, 4 * channels): the time embedding plus, if the network knows classes, that of the class."""
         if (y is None) != (self.classes is None):
             raise ValueError("y is missing: the network was made for classes" if y is None else
-                             "y is given, but the network was made without num_classes")
+                             "y is given, but the network was made without num_classes or num_values")
         emb = self.time_embedding(t)
         return emb if y is None else emb + self.classes(y)
 

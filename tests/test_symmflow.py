@@ -206,6 +206,15 @@ def test_shared_noise_is_one_number_a_label_channel_and_image_in_training_and_in
     assert noise.shape == (4, 3, 3, 16, 16) and len(noise[..., 0, 0].unique()) == 36 and (noise == noise[..., :1, :1]).all()
 
 
+def test_pooled_the_mean_pixel_of_the_label_map_enters_beside_the_time():
+    config, given = tiny(pooled=True), []
+    nets, y = networks(config), torch.randn(4, 3, 16, 16)
+    nets.unet.classes.register_forward_hook(lambda module, args, out: given.append(args[0]))
+    with torch.no_grad():
+        symmflow.velocity(nets.unet, config, images(4), y, torch.rand(4))
+    assert torch.equal(given[0], y.mean((2, 3))) and networks(tiny()).unet.classes is None
+
+
 @pytest.mark.parametrize("time", [0., .2, .5, .9, 1.])
 def test_the_preconditioning_is_the_least_squares_slope_of_the_velocity_on_the_point(time):
     """For images and label maps of spread 1, of both branches: what the U-Net is left to learn is uncorrelated with its input."""

@@ -173,6 +173,15 @@ def test_the_network_equals_its_blocks_joined_by_hand():
 
 
 @torch.no_grad()
+def test_values_enter_through_a_linear_layer_beside_the_time():
+    net, (x, t), values = worn(tiny(num_values=3)), inputs(), torch.randn(2, 3)
+    assert torch.allclose(net.embed(t, values), net.time_embedding(t) + values @ net.classes.weight.T + net.classes.bias, atol=1e-5)
+    assert net.classes.in_features == 3 and not torch.allclose(net(x, t, values), net(x, t, values + 1))
+    with pytest.raises(ValueError, match="y is missing"):
+        net(x, t)
+
+
+@torch.no_grad()
 def test_a_late_class_enters_the_up_blocks_alone_so_that_one_encoding_serves_all_classes():
     (x, t), y = inputs(), torch.tensor([1, 0])
     late, early = worn(tiny(num_classes=2, late_class=True)), worn(tiny(num_classes=2))
