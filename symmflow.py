@@ -42,17 +42,17 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common import metrics, plots, run  # before torch, whose threads it tells how to wait
+from common import drawn, metrics, plots, run  # before torch, whose threads it tells how to wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.autoencoder import Codec
-from common.mmd import mmd_polynomial
 from common.resnet import ResNet
 from common.unet import UNet
 from data import Batches, DataError, load_for, read_split
@@ -119,6 +119,7 @@ class Config:
     t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
+    guidance: float = 0.  # [0..] how far drawing leaves the mean of all classes' velocities behind, at a network call a class more
     solver: Literal["euler", "heun"] = "euler"  # one network call a step, or two
     samples: int = 1  # [1..] noise draws whose label maps are averaged
     decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
@@ -128,7 +129,7 @@ class Config:
 
 
 SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=200)
-PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, image_weight=.5, label_loss="map", label_noise="shared", pooled=True, precondition=True,
+PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, label_loss="map", label_noise="shared", pooled=True, precondition=True, guidance=2.,
             samples=4, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"folder": dict(augment="hflip")} | dict.fromkeys(            # no flips where up or left means something
@@ -208,14 +209,26 @@ def train_step(nets, ema, config, batch, joint):
     return losses
 
 
-def flow(unet, config, x, y, start, end, steps):
-    """Follows dz/dt = v from t = start to end in equal steps: the states [(x, y), ...], steps + 1 of them."""
+def guided(nets, config, labels, x, y, t):
+    """v_x, v_y of label maps on their way from `labels` (B,): v_x moved on, w times its distance from the mean over all classes, whose maps would be
+    at t where the label's is, but for (1 - t) times the difference of the colours. After classifier-free guidance (Ho and Salimans 2022), untrained."""
+    v_x, v_y = velocity(nets.unet, config, x, y, t)
+    if config.guidance:
+        own, way = nets.label_map(labels, y.shape[2:], noise=False), (1 - t).view(-1, 1, 1, 1)
+        others = (nets.label_map(torch.full_like(labels, k), y.shape[2:], noise=False) for k in range(nets.classes))
+        v_x = v_x + config.guidance * (v_x - sum(velocity(nets.unet, config, x, y + way * (other - own), t)[0] for other in others) / nets.classes)
+    return v_x, v_y
+
+
+def flow(unet, config, x, y, start, end, steps, field=None):
+    """Follows dz/dt = v, or another field(x, y, t), from t = start to end in equal steps: the states [(x, y), ...], steps + 1 of them."""
+    field = field or partial(velocity, unet, config)
     states, times = [(x, y)], torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
     for t, after in zip(times, times[1:]):
         (x, y), h = states[-1], after - t
-        v_x, v_y = velocity(unet, config, x, y, torch.full((len(x),), t, device=x.device))
+        v_x, v_y = field(x, y, torch.full((len(x),), t, device=x.device))
         if config.solver == "heun":                                     # the mean of both ends of the Euler step
-            w_x, w_y = velocity(unet, config, x + h * v_x, y + h * v_y, torch.full((len(x),), after, device=x.device))
+            w_x, w_y = field(x + h * v_x, y + h * v_y, torch.full((len(x),), after, device=x.device))
             v_x, v_y = (v_x + w_x) / 2, (v_y + w_y) / 2
         states.append((x + h * v_x, y + h * v_y))
     return states
@@ -272,7 +285,8 @@ def barycentric(y, codes):
 def draw(nets, config, labels, noise):
     """Labels (B,) and noise (B, channels, H, W), or of latents -> images in [-1, 1]: t = 0 -> 1."""
     y = nets.label_map(labels, noise.shape[2:], noise=False)
-    return nets.decode(flow(nets.unet, config, noise, y, 0., 1., config.draw_steps)[-1][0]).clamp(-1, 1)
+    field = partial(guided, nets, config, labels)
+    return nets.decode(flow(nets.unet, config, noise, y, 0., 1., config.draw_steps, field)[-1][0]).clamp(-1, 1)
 
 
 # ============================================================================= 5 networks
@@ -439,32 +453,12 @@ def measure(nets, data, config, device, figures):
     d, votes = run.gather({i: torch.cat(part).cpu().numpy() for i, part in enumerate(parts)}).values()
     rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
              "auroc_distance": metrics.auroc(val.labels, -d)}
-    return {"validation_by_steps_and_samples": table, "validation_by_rule": rules, "drawn": measure_drawn(nets, data, config, device, figures),
-            "validation_aurc": {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}}
-
-
-def measure_drawn(nets, data, config, device, figures):
-    """Images drawn with the labels of n validation images. Are they copies of training images, how far are they from real ones, and
-    does the plain ResNet, which shares no weight with the flow, see the label asked for? Beside each, the same of real images."""
-    n = min(config.generated, len(data.val), len(data.train))
-    if n < 2:
-        return {}
-    rows, some = (np.sort(np.random.default_rng(config.seed).permutation(len(split))[:n]) for split in (data.val, data.train))
-    labels, real, some = data.val.labels[rows], data.val.images[rows], data.train.images[some]
-    drawn = draw_images(nets, config, labels, [f"drawn-{i}" for i in range(n)], device)
-    (near, where), (near_real, _) = (nearest(x, data.train.images, device) for x in (drawn, real))
-    of_class = {name: drawn[labels == k][:8] for k, name in enumerate(data.classes) if (labels == k).any()}
-    plots.image_grid(figures / "drawn.png", list(of_class.values()), row_names=list(of_class), title=f"Drawn in {config.draw_steps} steps")
-    rows = near.argsort()[:8]
-    plots.image_grid(figures / "nearest.png", [drawn[rows], data.train.images[where[rows]]], row_names=["drawn", "nearest in training"],
-                     title="The drawn images that are closest to a training image")
-    found = {"images": n, "distance_to_training": float(np.median(near)), "distance_of_validation": float(np.median(near_real))}
-    if nets.resnet is not None:
-        (seen, x), (seen_real, y), (_, z) = (judge(nets.resnet, images, device) for images in (drawn, real, some))
-        found |= {"label_agreement": metrics.accuracy(labels, seen), "label_agreement_of_validation": metrics.accuracy(labels, seen_real)}
-        for name, features in (("drawn", x), ("training", z)):
-            found[f"frechet_{name}_to_validation"] = metrics.frechet_distance(features, y)
-            found[f"kernel_{name}_to_validation"] = float(mmd_polynomial(torch.from_numpy(features), torch.from_numpy(y)))
+    found = {"validation_by_steps_and_samples": table, "validation_by_rule": rules,
+             "validation_aurc": {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}}
+    rows = drawn.some_rows(val, config.generated, config.seed)
+    if len(rows) > 1:
+        images = draw_images(nets, config, val.labels[rows], [f"drawn-{i}" for i in range(len(rows))], device)
+        found["drawn"] = drawn.measure(images, rows, data, nets.resnet, device, figures, config.seed, f"Drawn in {config.draw_steps} steps")
     return found
 
 
@@ -475,29 +469,8 @@ def draw_images(nets, config, labels, ids, device):
     for part in run.progress([slice(i, i + config.eval_batch_size) for i in range(0, len(labels), config.eval_batch_size)], "draw"):
         with run.autocast(config, device):
             x = draw(nets, config, torch.as_tensor(labels[part], device=device), run.image_noise(config.seed, ids[part], shape, device))
-        images.append(to_uint8(x))
+        images.append(drawn.to_uint8(x))
     return np.concatenate(images)
-
-
-def to_uint8(x):
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-
-
-def nearest(images, among, device, chunk=1000):
-    """Of each image uint8 (N, ...): root mean square distance in grey levels to the closest of `among`, and which it is, both (N,)."""
-    x, best = torch.from_numpy(np.array(images)).to(device).flatten(1).float(), None
-    for i in range(0, len(among), chunk):
-        y = torch.from_numpy(np.array(among[i:i + chunk])).to(device).flatten(1).float()
-        value, where = (torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** .5).min(1)
-        best = (value, where) if best is None else (torch.minimum(best[0], value), torch.where(value < best[0], where + i, best[1]))
-    return best[0].cpu().numpy(), best[1].cpu().numpy()
-
-
-@torch.no_grad()
-def judge(resnet, images, device):
-    """The plain ResNet's labels (N,) and pooled features (N, dim) float64 of images uint8."""
-    features = torch.cat([resnet.features(x.to(device).float() / 127.5 - 1).float().mean((2, 3)) for x in torch.from_numpy(np.array(images)).split(128)])
-    return resnet.fc(features).argmax(1).cpu().numpy(), features.double().cpu().numpy()
 
 
 # ============================================================================= 7 setup
@@ -614,8 +587,8 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
         for i, row in enumerate(batch.index):
             name, p = split.ids[row], found.p[i].tolist()
-            rows = [[split.images[row], *(to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
-                    [as_picture(nets, config, found.y[i])], [to_uint8(x[i]) for x in of_class]]
+            rows = [[split.images[row], *(drawn.to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
+                    [as_picture(nets, config, found.y[i])], [drawn.to_uint8(x[i]) for x in of_class]]
             best = max(range(len(p)), key=p.__getitem__)
             true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
             captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}"]]
@@ -629,10 +602,10 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
 def as_picture(nets, config, y):
     """A label map (D, H, W) as a picture: palette and grey as they are; of equidistant codes the palette, mixed by the weights of the classes."""
     if config.codes in ("rgb", "grey"):
-        return to_uint8(y if config.codes == "rgb" else y / config.beta * 2)
+        return drawn.to_uint8(y if config.codes == "rgb" else y / config.beta * 2)
     weights = barycentric(y.flatten(1).T, nets.codes).clamp(0, 1)                       # (HW, K)
     palette = class_codes("rgb", nets.classes)[0].float().to(y.device)
-    return to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
+    return drawn.to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
 
 
 def main(argv=None):
@@ -640,8 +613,8 @@ def main(argv=None):
     label = {"--label": dict(required=True, help="class to draw, by name or number"), "-n": dict(type=int, default=16, metavar="N", help="how many; default 16")}
     limit = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many pictures; default: all images given, or 8 of the test split")}
     return run.command_line(argv, sys.modules[__name__], {
-        "sample": (sample_command, ["draw_steps", "seed", *SAMPLING], "Draw images of a class.", label),
-        "explain": (explain_command, ["data", "root", "split", "draw_steps", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})
+        "sample": (sample_command, ["draw_steps", "guidance", "seed", *SAMPLING], "Draw images of a class.", label),
+        "explain": (explain_command, ["data", "root", "split", "draw_steps", "guidance", *SAMPLING], "Show why: the label map, and the image as every class.", limit)})
 
 
 if __name__ == "__main__":

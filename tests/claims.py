@@ -41,7 +41,7 @@ IDEAS = {                                                               # of a m
                 "ema": dict(prior_source="ema"), "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
     "symmflow": {"rgb": dict(codes="rgb"), "simplex": dict(codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
                  "velocity": dict(label_loss="velocity"), "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False),
-                 "apart": dict(pooled=False), "weight": dict(image_weight=.7), "balanced": dict(balanced=True)},
+                 "apart": dict(pooled=False), "balanced": dict(balanced=True)},
 }
 BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}}              # DiffMIC's were measured before prior dropout was found to help
 CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items() if base}

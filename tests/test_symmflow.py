@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import symmflow
-from common import metrics, run
+from common import drawn, metrics, run
 from common.autoencoder import AutoencoderKL
 from data import Batches, DataSet, Split, load_for, toy
 from data.batches import Batch, augment, draw_changes
@@ -501,9 +501,34 @@ def test_drawing_starts_at_the_noise_and_the_label_map_and_ends_within_the_range
     nets, noise, flow = networks(config), torch.randn(2, 3, 16, 16), symmflow.flow
     monkeypatch.setattr(symmflow, "flow", lambda *a: (started.append(a[2:]), flow(*a))[1])
     x = symmflow.draw(nets, config, torch.tensor([4, 2]), noise)
-    a, b, start, end, steps = started[0]
+    a, b, start, end, steps, _ = started[0]
     assert torch.equal(a, noise) and torch.equal(b, nets.codes[[4, 2]][:, :, None, None].expand(-1, -1, 16, 16)) and (start, end, steps) == (0., 1., 2)
     assert x.shape == (2, 3, 16, 16) and x.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_guidance_moves_the_image_away_from_the_mean_over_all_classes_and_leaves_the_label_map():
+    config = tiny(guidance=3.)
+    nets, labels, t = networks(config), torch.tensor([4, 2]), torch.tensor([.25, .25])
+    x, xi = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 1, 1)
+    at = lambda k: .75 * nets.codes[k].view(-1, 3, 1, 1) + .25 * xi                # where the maps of classes k (B,) are at t, of the same noise
+    own = symmflow.velocity(nets.unet, config, x, at(labels).expand(-1, -1, 16, 16), t)
+    every = torch.stack([symmflow.velocity(nets.unet, config, x, at(torch.tensor([k, k])).expand(-1, -1, 16, 16), t)[0] for k in range(5)])
+    v_x, v_y = symmflow.guided(nets, config, labels, x, at(labels).expand(-1, -1, 16, 16), t)
+    assert torch.allclose(v_x, own[0] + 3 * (own[0] - every.mean(0)), atol=1e-4) and torch.equal(v_y, own[1])
+    plain = symmflow.guided(nets, tiny(), labels, x, at(labels).expand(-1, -1, 16, 16), t)
+    assert torch.equal(plain[0], own[0]) and (own[0] - every.mean(0)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_drawing_needs_a_call_a_class_more_where_it_is_guided():
+    calls = Counter()
+    for guidance, wanted in ((0., 4), (2., 4 * 6)):
+        config = tiny(draw_steps=4, guidance=guidance)
+        nets = networks(config)
+        nets.unet.register_forward_hook(lambda *given, g=guidance: calls.update([g]))
+        symmflow.draw(nets, config, torch.tensor([0, 1]), torch.randn(2, 3, 16, 16))
+        assert calls[guidance] == wanted
 
 
 # ---------------------------------------------------------------------------------------------- 6 one step, exactly
@@ -1161,46 +1186,6 @@ def test_drawn_images_depend_on_seed_and_name_and_not_on_the_batch():
     assert np.abs(whole.astype(int) - parted).max() <= 1 and np.abs(whole.astype(int) - other).mean() > 5
 
 
-@pytest.mark.parametrize("chunk", [3, 7, 1000])
-def test_the_nearest_training_image_is_that_of_a_double_loop(chunk):
-    rng = np.random.default_rng(0)
-    some, among = (rng.integers(0, 256, (n, 1, 4, 4), np.uint8) for n in (5, 30))
-    some[2] = among[17]
-    distance, where = symmflow.nearest(some, among, CPU, chunk)
-    table = np.sqrt(((some[:, None].astype(float) - among[None]) ** 2).mean((2, 3, 4)))
-    assert np.array_equal(where, table.argmin(1)) and np.allclose(distance, table.min(1), atol=.05) and where[2] == 17 and distance[2] < .1
-
-
-@torch.no_grad()
-def test_images_of_a_memory_map_are_measured_without_a_warning():
-    config = tiny(baseline=True)
-    nets, images = networks(config), pictures(6).images
-    images.flags.writeable = False                                      # as data/cache.py gives them
-    torch.set_warn_always(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            symmflow.judge(nets.resnet, images, CPU)
-            symmflow.nearest(images, images, CPU)
-    finally:
-        torch.set_warn_always(False)
-
-
-@torch.no_grad()
-def test_the_judge_is_the_plain_resnet_and_its_pooled_features():
-    config = tiny(baseline=True)
-    nets, split = networks(config), pictures(6)
-    labels, features = symmflow.judge(nets.resnet, split.images, CPU)
-    logits = nets.resnet(torch.from_numpy(split.images).float() / 127.5 - 1)
-    assert np.array_equal(labels, logits.argmax(1).numpy()) and features.shape[0] == 6
-    assert torch.allclose(nets.resnet.fc(torch.from_numpy(features).float()), logits, atol=1e-4)
-
-
-@pytest.mark.parametrize("x, grey", [(-1., 0), (1., 255), (0., 128), (-3., 0), (2., 255), (1 / 127.5 - 1, 1)])
-def test_images_become_bytes_as_batches_made_them_floats(x, grey):
-    assert symmflow.to_uint8(torch.full((1, 1, 1, 1), x)).item() == grey
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_label_map_is_shown_in_the_colour_of_its_class(kind):
     config = tiny(codes=kind)
@@ -1259,11 +1244,11 @@ def test_a_run_writes_its_numbers_and_pictures(toy_run):
         coverages, accuracies = zip(*found["accuracy_by_coverage"][name])
         assert coverages == pytest.approx([1 - .05 * i for i in range(20)]) and accuracies[0] == (found["test"] if name == "symmflow" else found["baselines"][name])["accuracy"]
     assert set(specific["validation_by_rule"]) == {"accuracy_mean", "accuracy_mode", "auroc_distance"}
-    drawn = specific["drawn"]
-    assert drawn["images"] == 8 and all(math.isfinite(drawn[k]) for k in drawn)
+    measured = specific["drawn"]
+    assert measured["images"] == 8 and all(math.isfinite(measured[k]) for k in measured)
     assert {"label_agreement", "label_agreement_of_validation", "distance_to_training", "distance_of_validation", "frechet_drawn_to_validation",
-            "frechet_training_to_validation", "kernel_drawn_to_validation", "kernel_training_to_validation"} < set(drawn)
-    assert not any("fid" in k.lower() for k in drawn)
+            "frechet_training_to_validation", "kernel_drawn_to_validation", "kernel_training_to_validation"} < set(measured)
+    assert not any("fid" in k.lower() for k in measured)
 
 
 def test_the_one_step_row_is_what_validation_gave(toy_run):
@@ -1285,7 +1270,7 @@ def test_the_two_decisions_and_the_papers_auroc_are_those_of_validation(toy_run,
     labels, rules = data.val.labels, found["validation_by_rule"]
     assert rules == {"accuracy_mean": metrics.accuracy(labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(labels, votes.argmax(1)),
                      "auroc_distance": metrics.auroc(labels, -d)}
-    assert found["drawn"] == {}
+    assert "drawn" not in found
     assert (d.argmin(1) != votes.argmax(1)).any()                        # else this says little
 
 
@@ -1307,46 +1292,9 @@ def test_autocast_ends_where_a_batch_is_handed_over(monkeypatch):
         assert not torch.is_autocast_enabled("cpu")
 
 
-def test_images_to_be_measured_are_drawn_from_the_whole_split_whatever_its_order(toy_run, tmp_path, monkeypatch):
-    config, nets, _, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
-    data, seen = load_for(config), []
-    order = np.argsort(data.val.labels, kind="stable")                  # a folder's: class by class
-    val = dataclasses.replace(data.val, images=data.val.images[order], labels=data.val.labels[order])
-    monkeypatch.setattr(symmflow, "draw_images", lambda nets, config, labels, ids, device: seen.append(labels) or val.images[:len(labels)])
-    symmflow.measure_drawn(nets, dataclasses.replace(data, val=val), dataclasses.replace(config, generated=6), device, tmp_path)
-    assert len(seen[0]) == 6 and not np.array_equal(seen[0], val.labels[:6])
-
-
-@torch.no_grad()
-def test_a_copy_of_a_training_image_is_at_distance_zero():
-    among = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32), np.uint8)
-    distance, where = symmflow.nearest(among[[7, 30]], among, CPU)
-    assert distance.tolist() == [0, 0] and where.tolist() == [7, 30]
-
-
 def test_a_warm_up_of_a_resnet_that_is_not_there_is_refused():
     with pytest.raises(run.UserError, match="--pretrain-epochs 2 --no-baseline"):
         networks(tiny(pretrain_epochs=2, baseline=False))
-
-
-def test_drawn_images_are_measured_against_validation_beside_as_many_of_training(toy_run, tmp_path, monkeypatch):
-    """Features are told apart by their mean: drawn 0, validation 1, training 4."""
-    config, nets, _, device = run.load_model(toy_run / "best.pt", "symmflow", Config, symmflow.build, {})
-    data, spread = load_for(config), np.random.default_rng(0).normal(size=(8, 2))
-    train, rows = {image.tobytes() for image in data.train.images}, np.sort(np.random.default_rng(config.seed).permutation(len(data.val))[:8])
-
-    def judge(resnet, images, device):
-        assert len(images) == 8 and resnet is nets.resnet
-        kind = "validation" if np.array_equal(images, data.val.images[rows]) else "training" if {i.tobytes() for i in images} <= train else "drawn"
-        return np.where(kind == "drawn", data.val.labels[rows], 9), spread + {"drawn": 0, "validation": 1, "training": 4}[kind]
-
-    monkeypatch.setattr(symmflow, "judge", judge)
-    found = symmflow.measure_drawn(nets, data, config, device, tmp_path)
-    assert found["frechet_drawn_to_validation"] == pytest.approx(2, abs=1e-6) and found["frechet_training_to_validation"] == pytest.approx(18, abs=1e-6)
-    assert found["label_agreement"] == 1 and found["label_agreement_of_validation"] == 0
-    assert found["kernel_training_to_validation"] > found["kernel_drawn_to_validation"]
-    assert found["distance_of_validation"] == pytest.approx(np.median(symmflow.nearest(data.val.images[rows], data.train.images, CPU)[0]))
-    assert set(opened(tmp_path)) == {"drawn.png", "nearest.png"}
 
 
 def test_a_checkpoint_is_read_without_code_and_is_bit_identical(toy_run):
@@ -1503,9 +1451,9 @@ def test_what_explain_shows_is_the_way_from_image_and_noise_and_the_image_as_eve
     noise = run.image_noise(config.seed, split.ids[:1], (config.samples, nets.n_y, 1, 1), device)[:, 0].expand(-1, -1, 28, 28)      # label noise is shared
     with torch.no_grad():
         way = symmflow.flow(nets.unet, config, x, noise, 1., 0., config.draw_steps)
-        again = [symmflow.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]
+        again = [drawn.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]
     assert (len(x_way), len(y_way), len(read_as), len(as_class)) == (5, 5, 1, 5) and len(names) == 4
-    assert np.array_equal(x_way[0], split.images[0]) and np.array_equal(x_way[4], symmflow.to_uint8(way[-1][0][0]))
+    assert np.array_equal(x_way[0], split.images[0]) and np.array_equal(x_way[4], drawn.to_uint8(way[-1][0][0]))
     assert np.array_equal(y_way[0], symmflow.as_picture(nets, config, noise[0])) and np.array_equal(y_way[4], symmflow.as_picture(nets, config, way[-1][1][0]))
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(as_class, again, strict=True))
     assert captions[0][0] == "t = 1.00" and captions[0][4] == "t = 0.00" and [c.split("\n")[0] for c in captions[3]] == facts["classes"]
