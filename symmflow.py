@@ -128,7 +128,7 @@ class Config:
     generated: int = 500  # [0..] images drawn to be measured at the end; 0: none
 
 
-SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=200)
+SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=100)
 PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, label_loss="map", label_noise="shared", pooled=True, precondition=True, guidance=2.,
             samples=4, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
