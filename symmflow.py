@@ -43,7 +43,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from common import drawn, metrics, plots, run  # before torch, whose threads it tells how to wait
@@ -469,7 +468,7 @@ def draw_images(nets, config, labels, ids, device):
     for part in run.progress([slice(i, i + config.eval_batch_size) for i in range(0, len(labels), config.eval_batch_size)], "draw"):
         with run.autocast(config, device):
             x = draw(nets, config, torch.as_tensor(labels[part], device=device), run.image_noise(config.seed, ids[part], shape, device))
-        images.append(drawn.to_uint8(x))
+        images.append(plots.to_uint8(x))
     return np.concatenate(images)
 
 
@@ -552,12 +551,9 @@ def train(config, resume=None):
 def sample_command(checkpoint, label, n=16, output="", **given):
     """Draws n images of a class: a picture each, and all in one grid."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    classes = facts["classes"]
+    classes, k = facts["classes"], run.class_number(label, facts["classes"])
     if n < 1:
         raise run.UserError(f"-n {n}: 1 or more")
-    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
-        raise run.UserError(f"--label {label}: no such class; take one of {', '.join(classes)}, or its number 0..{len(classes) - 1}")
-    k = classes.index(label) if label in classes else int(label)
     ids = [f"{classes[k]}-{i:04d}" for i in range(n)]
     images = draw_images(nets, config, np.full(n, k), ids, device)
     out = run.result_folder(output, checkpoint, "sample", config)
@@ -571,12 +567,7 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
     """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the label map it flows to, five points of
     the way, and the image as every class, drawn from the noise that it flows to itself."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    limit = limit or (sys.maxsize if paths else 8)
-    if limit < 0:
-        raise run.UserError(f"--limit {limit}: 0 or more")
-    split, problems = read_split(paths, config, facts) if paths else (load_for(dataclasses.replace(config, limit=limit), facts).test, [])
-    split = dataclasses.replace(split, images=split.images[:limit], labels=split.labels[:limit],                # noise as in `predict`
-                                ids=[Path(name).stem if paths else name for name in split.ids[:limit]])
+    split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
     classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
     for batch, noise, found in classified(nets, split, config, device):
         with run.autocast(config, device):
@@ -587,8 +578,8 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
         for i, row in enumerate(batch.index):
             name, p = split.ids[row], found.p[i].tolist()
-            rows = [[split.images[row], *(drawn.to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
-                    [as_picture(nets, config, found.y[i])], [drawn.to_uint8(x[i]) for x in of_class]]
+            rows = [[split.images[row], *(plots.to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
+                    [as_picture(nets, config, found.y[i])], [plots.to_uint8(x[i]) for x in of_class]]
             best = max(range(len(p)), key=p.__getitem__)
             true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
             captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}"]]
@@ -602,10 +593,10 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
 def as_picture(nets, config, y):
     """A label map (D, H, W) as a picture: palette and grey as they are; of equidistant codes the palette, mixed by the weights of the classes."""
     if config.codes in ("rgb", "grey"):
-        return drawn.to_uint8(y if config.codes == "rgb" else y / config.beta * 2)
+        return plots.to_uint8(y if config.codes == "rgb" else y / config.beta * 2)
     weights = barycentric(y.flatten(1).T, nets.codes).clamp(0, 1)                       # (HW, K)
     palette = class_codes("rgb", nets.classes)[0].float().to(y.device)
-    return drawn.to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
+    return plots.to_uint8((weights / weights.sum(1, keepdim=True).clamp_min(1e-6) @ palette).T.unflatten(1, y.shape[1:]))
 
 
 def main(argv=None):

@@ -6,11 +6,6 @@ from . import metrics, plots
 from .mmd import mmd_polynomial
 
 
-def to_uint8(x):
-    """Images (B, C, H, W) in [-1, 1], clamped -> uint8 array."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-
-
 def some_rows(split, n, seed):
     """n rows of a split, or all, drawn from the whole of it: in a folder's order the first n would be of one class."""
     return np.sort(np.random.default_rng(seed).permutation(len(split))[:n])

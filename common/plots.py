@@ -289,6 +289,11 @@ def confusion(path, matrix, classes, title="Confusion matrix"):
     return canvas.save(path)
 
 
+def to_uint8(x):
+    """Tensors of images in [-1, 1] -> uint8 arrays."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+
+
 def picture(image):
     """uint8 (C,H,W) to a PIL image: RGB of three channels, else grey of the first."""
     image = np.asarray(image)

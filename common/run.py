@@ -477,6 +477,24 @@ def result_folder(output, checkpoint, name, config):
     return out
 
 
+def to_explain(method, config, facts, paths, limit):
+    """The Split that `explain` is to show, and a list of problems: the images of `paths`, else of the test split; `limit` at most, 0: all, or 8 of the
+    test split. Their noise goes by their ids, as in `predict`."""
+    if limit < 0:
+        raise UserError(f"--limit {limit}: 0 or more")
+    limit = limit or (sys.maxsize if paths else 8)
+    split, problems = method.read_split(paths, config, facts) if paths else (method.load_for(dataclasses.replace(config, limit=limit), facts).test, [])
+    return dataclasses.replace(split, images=split.images[:limit], labels=split.labels[:limit],
+                               ids=[Path(name).stem if paths else name for name in split.ids[:limit]]), problems
+
+
+def class_number(label, classes):
+    """A class by its name or number; UserError where there is none."""
+    if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
+        raise UserError(f"--label {label}: no such class; take one of {', '.join(classes)}, or its number 0..{len(classes) - 1}")
+    return classes.index(label) if label in classes else int(label)
+
+
 def file_name(name):
     """A name that every file system takes."""
     return re.sub(r"[^\w.-]+", "_", name)[-80:]

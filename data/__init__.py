@@ -66,10 +66,16 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
 
 def load_for(config, facts=None):
     """The data set that a run's settings name. `facts` (classes, channels, own_data) of a trained model: as that knows it, and of another
-    data set than its own the test split alone."""
+    data set than its own the test split alone. Of a method that judges slowly, `judged` images of validation and of test are drawn by class."""
     known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
-    return load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
+    data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
                 skip_bad=config.skip_bad, **known)
+    judged = getattr(config, "judged", 0)
+    for number, part in enumerate(splits.SPLITS[1:] if judged else ()):
+        whole = getattr(data, part)
+        if whole is not None and len(whole) > judged and not data.multilabel:
+            setattr(data, part, whole.take(splits.draw(whole.labels, judged, np.random.default_rng([config.seed, 3 + number]))))
+    return data
 
 
 def read_split(paths, config, facts):
@@ -137,9 +143,7 @@ def _toy(seed, size, limit, test_only, classes):
         raise DataError(f"--data toy has the classes {', '.join(data.classes)}, the model {', '.join(classes)}")
     for number, part in enumerate(splits.SPLITS if limit else ()):
         whole = getattr(data, part)
-        rows = splits.draw(whole.labels, limit, np.random.default_rng([seed, number]))
-        setattr(data, part, Split(whole.images[rows], whole.labels[rows], [whole.ids[i] for i in rows],
-                                  [whole.groups[i] for i in rows], whole.boxes[rows], whole.posterior[rows]))
+        setattr(data, part, whole.take(splits.draw(whole.labels, limit, np.random.default_rng([seed, number]))))
     if test_only:
         data.train = data.val = None
     return data

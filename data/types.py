@@ -21,6 +21,12 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def take(self, rows):
+        """The Split of these rows (n,)."""
+        pick = lambda values: None if values is None else values[rows]
+        return Split(self.images[rows], self.labels[rows], [self.ids[i] for i in rows], self.groups and [self.groups[i] for i in rows],
+                     pick(self.boxes), pick(self.posterior))
+
 
 @dataclass
 class DataSet:

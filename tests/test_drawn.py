@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import drawn
+from common import drawn, plots
 from common.resnet import ResNet
 from data.types import DataSet, Split
 
@@ -67,7 +67,7 @@ def test_the_judge_is_the_plain_resnet_and_its_pooled_features():
 
 @pytest.mark.parametrize("x, grey", [(-1., 0), (1., 255), (0., 128), (-3., 0), (2., 255), (1 / 127.5 - 1, 1)])
 def test_images_become_bytes_as_batches_made_them_floats(x, grey):
-    assert drawn.to_uint8(torch.full((1, 1, 1, 1), x)).item() == grey
+    assert plots.to_uint8(torch.full((1, 1, 1, 1), x)).item() == grey
 
 
 def test_drawn_images_are_measured_against_validation_beside_as_many_of_training(tmp_path, monkeypatch):

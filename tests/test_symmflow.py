@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import symmflow
-from common import drawn, metrics, run
+from common import metrics, plots, run
 from common.autoencoder import AutoencoderKL
 from data import Batches, DataSet, Split, load_for, toy
 from data.batches import Batch, augment, draw_changes
@@ -1451,9 +1451,9 @@ def test_what_explain_shows_is_the_way_from_image_and_noise_and_the_image_as_eve
     noise = run.image_noise(config.seed, split.ids[:1], (config.samples, nets.n_y, 1, 1), device)[:, 0].expand(-1, -1, 28, 28)      # label noise is shared
     with torch.no_grad():
         way = symmflow.flow(nets.unet, config, x, noise, 1., 0., config.draw_steps)
-        again = [drawn.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]
+        again = [plots.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]
     assert (len(x_way), len(y_way), len(read_as), len(as_class)) == (5, 5, 1, 5) and len(names) == 4
-    assert np.array_equal(x_way[0], split.images[0]) and np.array_equal(x_way[4], drawn.to_uint8(way[-1][0][0]))
+    assert np.array_equal(x_way[0], split.images[0]) and np.array_equal(x_way[4], plots.to_uint8(way[-1][0][0]))
     assert np.array_equal(y_way[0], symmflow.as_picture(nets, config, noise[0])) and np.array_equal(y_way[4], symmflow.as_picture(nets, config, way[-1][1][0]))
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(as_class, again, strict=True))
     assert captions[0][0] == "t = 1.00" and captions[0][4] == "t = 0.00" and [c.split("\n")[0] for c in captions[3]] == facts["classes"]

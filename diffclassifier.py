@@ -1,0 +1,639 @@
+"""Diffusion classifier: an image has the class under which a diffusion model reconstructs it best, by the vote of many noise levels.
+
+Favero et al., "Conditional Diffusion Models are Medical Image Classifiers that Provide Explainability and Uncertainty for Free",
+MIDL 2025, arXiv 2502.03687; after Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier", ICCV 2023. A diffusion
+model of images learns to denoise with the class given. To classify, the image is noised N times and denoised as every class; each
+time the class with the least error has a vote. Classes share the noise, so that only what they change is compared.
+
+    z = a x + s eps,  a^2 = sigmoid(l), s^2 = sigmoid(-l), l the log-SNR at t ~ U(0, 1)       `diffuse`, common/schedules.py
+    v = a eps - s x;  eps_hat = s z + a v_hat;  x_hat = a z - s v_hat                          `epsilon`
+    L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
+    E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
+    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li)  `rules`
+
+M images, N noise levels an image, K classes; all rules read one array of float32 errors, (M, N, K). `survivors` stops early.
+
+    python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
+    python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU
+    python diffclassifier.py eval --checkpoint RUN/best.pt --rule majority --stop 1e-3
+    python diffclassifier.py predict --checkpoint RUN/best.pt a.jpg folder/
+    python diffclassifier.py explain --checkpoint RUN/best.pt a.jpg
+    python diffclassifier.py sample --checkpoint RUN/best.pt --label 3 -n 16
+
+Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and its authors' code)
+ 1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
+ 2. Class: added to the time embedding. Their cross-attention to a single token is such an addition. One null token, in the EMA.
+ 3. Vote ties go to the class of the lower mean error, not to the first. Errors are summed in float32, always.
+ 4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, visited in random order, as the stop rules need).
+ 5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
+ 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: wavelets are halved, which is the rest of the shift. Theirs
+    shifts by 256 as well. An eliminated class keeps its votes but cannot win; theirs can.
+"""
+# ============================================================================= 2 imports
+import dataclasses
+import math
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from common import metrics, plots, run  # before torch, whose threads it tells how to wait
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.autoencoder import Codec
+from common.resnet import ResNet
+from common.schedules import alpha_sigma, logsnr_step, shifted_cosine, shifted_cosine_slope
+from common.unet import UNet
+from common.votes import BUCKETS, below_half, bucket_differences, fit, mean_errors, mean_scores, overtaken, paired_p
+from common.wavelet import haar, unhaar
+from data import Batches, DataError, load_for, read_split
+
+METHOD = "diffclassifier"
+
+
+# ============================================================================= 3 settings
+@dataclass
+class Config:
+    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    # --- data ---
+    data: str = "toy"  # data set: toy, chexpert, isic2020, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
+    root: str = ""  # its folder; none: data/raw/NAME
+    size: int = 256  # [8..2048] pixels a side; 32 for toy, 64 for --scale small
+    split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
+    fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
+    limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
+    skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
+    augment: str = ""  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
+    balanced: bool = False  # draw every class equally often
+    # --- model ---
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
+    init: str = ""  # checkpoint of another run to start from (fine-tuning)
+    # --- training ---
+    epochs: int = 700  # [1..] passes over the training images
+    pretrain_epochs: int = 0  # [0..] passes before them: of the plain ResNet alone
+    batch_size: int = 128  # [2..] images a step, over all processes
+    grad_accum: int = 1  # [1..] parts a batch is computed in, to save memory (2 images each at least)
+    eval_batch_size: int = 128  # [1..] images at once when no gradient is needed; changes no result
+    lr: float = 1e-4  # [0..] peak learning rate of Adam
+    warmup: float = 0.001  # [0..1] share of the steps over which it rises, before a cosine to 0
+    clip: float = 1.  # [0..] largest gradient norm; 0: no clipping
+    ema: float = 0.999  # [0..1] decay of the weights' moving average, which is what is evaluated
+    baseline: bool = True  # train a plain ResNet on the same batches, as a control
+    select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc"] = "accuracy"  # validation metric that picks the epoch
+    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
+    compile: bool = False  # torch.compile the networks: slower start, faster steps
+    # --- output ---
+    output: str = ""  # the run's folder; none: the next free runs/METHOD-DATA-SCALE-RECIPE-sSEED
+    # --- method ---
+    width: int = 64  # [8..] channels in the first stage of the plain ResNet
+    channels: int = 128  # [8..] of the U-Net's first level
+    mult: str = "1,1,2,4,8"  # channels of each level, in multiples
+    blocks: int = 2  # [1..] residual blocks a level
+    attention: str = "8"  # downsampling factors at which there is attention
+    head_channels: int = 64  # [1..] of an attention head
+    late_class: bool = False  # the class enters the U-Net's decoder alone, so that one encoding serves all classes
+    wavelet: bool = True  # the network sees one level of Haar wavelets: half the sides, four times the channels; not of latents
+    autoencoder: str = ""  # diffuse an autoencoder's latents: its file, latent-diffusion's keys or diffusers', or a Mediffusion run's autoencoder.pt
+    latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured
+    prediction: Literal["v", "eps"] = "v"  # what the network predicts
+    loss_weight: Literal["none", "min-snr", "authors", "band"] = "none"  # of the error by log-SNR; band: where classes differ, around log-SNR 0
+    class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
+    noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
+    time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
+    votes: int = 501  # [1..] N, noise levels that an image is judged at; odd, where there are two classes
+    val_votes: int = 3  # [1..] of them for the validation of an epoch
+    judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all
+    stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones
+    rule: Literal["majority", "mean", "elbo", "learned"] = "majority"  # votes; least mean error; weighted as the likelihood bound, or as fitted on validation
+    stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, or stages 10:3,50:1
+    calibrate: bool = False  # fit the temperatures of the rules' probabilities on validation
+    uncertainty: Literal["votes", "variance", "posterior", "entropy"] = "variance"  # what predictions are ranked by
+    guidance: float = 4.5  # [0..] w of classifier-free guidance, where images are drawn
+    draw_steps: int = 50  # [1..] of the reverse process
+    start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
+
+
+SMALL = dict(size=64, epochs=12, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1,
+             wavelet=False, votes=51, judged=250, time_scale=20.)
+PLUS = dict(rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
+            "skip_bad", "output"]   # what may change when a checkpoint is used
+BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
+KINDS = ("votes", "variance", "posterior", "entropy")                   # of uncertainty
+PANELS = [("Losses", "loss", ["diffusion", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
+
+
+def configure(**given):
+    """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
+    return run.configure(Config, given, SMALL, PLUS, BY_DATA)
+
+
+# ============================================================================= 4 the method
+def logsnr(config, t, side):
+    """log-SNR at times t in 0..1 (any shape) of images of `side` pixels as the network sees them; none is noised less than `noise_d`'s."""
+    return shifted_cosine(t, config.noise_d, max(side, config.noise_d))
+
+
+def diffuse(x, eps, l):
+    """x, eps (B, ...), log-SNR l (B,) -> z, and the scales a, s of signal and noise (B, 1, 1, 1)."""
+    a, s = (part.view(-1, 1, 1, 1) for part in alpha_sigma(l))
+    return a * x + s * eps, a, s
+
+
+def epsilon(config, out, z, a, s):
+    """What the network says of z -> eps_hat, float32."""
+    return s * z + a * out.float() if config.prediction == "v" else out.float()
+
+
+def loss_weight(config, l):
+    """w(l) of the squared error of what is predicted: of v, or of eps, whose error is a^2 times that of v; SNR = e^l."""
+    snr, a2 = l.exp(), torch.sigmoid(l)
+    of_v = a2 if config.prediction == "eps" else torch.ones_like(l)     # so that min-snr and authors mean the same for both
+    return {"none": torch.ones_like(l), "min-snr": snr.clamp_max(5) / (1 + snr) / of_v, "authors": a2 / (1 + snr.clamp_max(5)) / of_v,
+            "band": .2 + torch.exp(-(l / 3) ** 2)}[config.loss_weight]
+
+
+def loss(nets, config, x, y):
+    """The denoising loss of what the network sees, x (B, C, H, W), with labels y (B,) -> dict of scalars, and the error by tenths of t."""
+    t, eps = torch.rand(len(x), device=x.device), torch.randn_like(x)
+    l = logsnr(config, t, x.shape[-1])
+    z, a, s = diffuse(x, eps, l)
+    c = torch.where(torch.rand(len(x), device=x.device) < config.class_dropout, nets.classes, y)            # nets.classes: the null token
+    target = a * eps - s * x if config.prediction == "v" else eps
+    error = (nets.denoise(z, l, c).float() - target).square().mean((1, 2, 3))
+    tenth = F.one_hot((t * 10).long().clamp_max(9), 10).float()
+    return {"diffusion": (loss_weight(config, l) * error).mean(), "error_by_t": torch.stack([(tenth * error.detach()[:, None]).sum(0), tenth.sum(0)])}
+
+
+def train_step(nets, ema, config, batch, joint):
+    """One batch -> dict of losses; "loss" is what is differentiated. joint=False: the plain ResNet alone."""
+    losses = {}
+    if nets.resnet is not None:                                         # the control: shares images, not weights
+        losses["resnet"] = F.cross_entropy(nets.resnet(batch.x), batch.y)
+    if joint:
+        losses |= loss(nets, config, nets.encode(batch.x, batch), batch.y)
+    losses["loss"] = sum(losses[k] for k in ("resnet", "diffusion") if k in losses)
+    return losses
+
+
+def times(config, name):
+    """The N times in 0..1 at which the image of this name is judged, (N,) float32; the same at every call."""
+    rng = torch.Generator().manual_seed(run.seed_of(config.seed, "times", name))
+    u = torch.rand(config.votes, generator=rng, dtype=torch.float64)
+    return ((torch.randperm(config.votes, generator=rng) + u) / config.votes if config.stratified else u).float()
+
+
+def errors(nets, config, x, t, eps, row, c):
+    """Squared errors of eps (T, C, H, W), float32, of pairs of a row of x, t, eps (R, ...) and a class: row and c are (T,)."""
+    l = logsnr(config, t, x.shape[-1])
+    z, a, s = diffuse(x, eps, l)
+    return (epsilon(config, nets.denoise(z, l, c, row), z[row], a[row], s[row]) - eps[row]).square()
+
+
+# ----------------------------------------------------------------------------- rules: from errors (M, N, K), nan where a class was not asked
+def count_votes(error):
+    """Votes (M, K): at how many levels each class erred least."""
+    asked = ~np.isnan(error)
+    least = np.where(asked, error, np.inf).argmin(2)
+    return (np.eye(error.shape[2])[least] * asked.any(2)[..., None]).sum(1)
+
+
+def rules(nets, config, error, alive, t):
+    """{rule: probabilities (M, K)} of errors (M, N, K) at times t (M, N); a class that is not alive (M, K) was eliminated, and cannot win."""
+    side, t = nets.shape[-1], torch.from_numpy(t).double()
+    slope = shifted_cosine_slope(t, config.noise_d, max(side, config.noise_d)).numpy()[..., None]
+    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # 0 .. 1: a tie of votes goes to the lower mean error
+    differences = bucket_differences(error, logsnr(config, t, side).numpy())
+    scores = {"majority": np.log(count_votes(error) + .5 + .1 * lower), "mean": mean_scores(error, alive), "elbo": mean_scores(error, alive, slope),
+              "learned": nets.bias.cpu().numpy() - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}
+    for (rule, score), temperature in zip(scores.items(), nets.temperature.tolist()):
+        best = np.where(alive, score, -np.inf).max(1, keepdims=True)
+        p = np.exp((np.where(alive, score, np.minimum(score, best - 1e-6)) - best) / temperature)
+        scores[rule] = p / p.sum(1, keepdims=True)
+    return scores
+
+
+# ----------------------------------------------------------------------------- stopping early: an image's errors so far (n, K)
+def survivors(error, classes, config):
+    """Which of the classes can still win; the others are not asked any more. One left: the label is settled."""
+    n, left = len(error), config.votes - len(error)
+    if config.stop == "none" or left == 0:
+        return classes
+    votes, mean = count_votes(error[None])[0], error[:, classes].mean(0)
+    if ":" in config.stop:                                              # Li et al. 2023
+        keep = dict(map(int, part.split(":")) for part in config.stop.split(","))
+        order = np.lexsort((mean, -votes[classes])) if config.rule == "majority" else mean.argsort()
+        return np.sort(classes[order[:keep.get(n, len(classes))]])
+    if config.stop == "ttest":                                          # Clark and Jaini 2023, algorithm 1
+        best = classes[mean.argmin()]
+        return np.array([k for k in classes if n < 20 or k == best or paired_p(error[:, k] - error[:, best]) > 2e-3])
+    leader, *others = np.argsort(-votes, kind="stable")
+    if config.stop == "exact":
+        over = votes[leader] - votes[others[0]] > left
+    else:
+        over = sum(overtaken(int(votes[leader]), int(votes[k]), left) for k in others) < float(config.stop)
+    return np.array([leader]) if over else classes
+
+
+def stopped(error, config):
+    """What would have been asked of a whole run's errors (M, N, K), had it been stopped as `config` says: errors with nan, and who is alive (M, K)."""
+    kept, alive = np.full_like(error, np.nan), np.zeros(error[:, 0].shape, bool)
+    for i, whole in enumerate(error):
+        classes, n = np.arange(error.shape[2]), 0
+        while n < len(whole) and len(classes) > 1:
+            kept[i, n, classes] = whole[n, classes]
+            n += 1
+            classes = survivors(kept[i, :n], classes, config)
+        alive[i, classes] = True
+    return kept, alive
+
+
+# ----------------------------------------------------------------------------- images
+def draw(nets, config, x, labels, names, start=1.):
+    """x (B, C, H, W), as the network sees it, noised to time `start` and denoised as the labels (B,) in `draw_steps` ancestral steps -> images
+    uint8. Guidance: (1 + w) conditional - w unconditional. Noise goes by `names` (B): where they are equal, so is the noise."""
+    l = logsnr(config, torch.linspace(start, 0, config.draw_steps + 1, dtype=torch.float64), x.shape[-1]).float().to(x.device)
+    noise = (run.image_noise(config.seed, [f"{name} draw {i}" for name in names], x.shape[1:], x.device) for i in range(config.draw_steps + 1))
+    z, *_ = diffuse(x, next(noise), l[0].expand(len(x)))
+    for i in range(config.draw_steps):
+        at, (a, s) = l[i].expand(len(x)), alpha_sigma(l[i])
+        eps = epsilon(config, nets.denoise(z, at, labels), z, a, s)
+        if config.guidance:
+            eps = eps + config.guidance * (eps - epsilon(config, nets.denoise(z, at, torch.full_like(labels, nets.classes)), z, a, s))
+        x_hat = ((z - s * eps) / a).clamp(-nets.bound, nets.bound)
+        z = logsnr_step(z, x_hat, next(noise), l[i], l[i + 1]) if i + 1 < config.draw_steps else x_hat
+    return plots.to_uint8(nets.decode(z))
+
+
+# ============================================================================= 5 networks
+class Networks(nn.Module):
+    """The denoiser, the plain ResNet, and how images become what is denoised: pixels, wavelets, or latents of a frozen autoencoder."""
+
+    def __init__(self, config, channels, classes):
+        super().__init__()
+        self.classes, self.channels, self.time_scale = classes, channels, config.time_scale      # class number `classes`: the null token
+        self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet",
+                             bool(config.pretrained)) if config.baseline else None
+        self.codec = Codec(config.autoencoder) if config.autoencoder else None
+        self.wavelet, self.bound = config.wavelet and not self.codec, 5. if self.codec else 1.    # bound: of what is seen, for `draw`
+        shrink = self.codec.net.multiple if self.codec else 1 + self.wavelet
+        self.shape = (self.codec.latent if self.codec else channels * shrink ** 2, config.size // shrink, config.size // shrink)    # of what is seen
+        mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
+        self.multiple = 2 ** (len(mult) - 1) * shrink                    # of which the sides of an image must be
+        self.unet = UNet(self.shape[0], self.shape[0], config.channels, mult, config.blocks, attention, config.head_channels, classes + 1,
+                         late_class=config.late_class)
+        self.register_buffer("weight", torch.zeros(BUCKETS))                            # of the learned rule, fitted on validation
+        self.register_buffer("bias", torch.zeros(classes))
+        self.register_buffer("temperature", torch.ones(4))               # of each rule
+        self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))
+        self.register_buffer("codec_id", torch.tensor(self.codec.id if self.codec else 0))
+
+    def denoise(self, z, l, c, row=None):
+        """The U-Net's prediction for z (B, C, H, W), log-SNR l (B,) and class c (B,); given row, for pairs of a row (T,) of z, l and a class c (T,).
+        With late_class a row is encoded once, whatever the number of its classes."""
+        t = l * self.time_scale
+        if row is None:
+            return self.unet(z, t, c)
+        return self.unet.decode([f[row] for f in self.unet.encode(z, t)], t[row], c) if self.unet.late_class else self.unet(z[row], t[row], c)
+
+    @torch.no_grad()
+    def encode(self, x, batch=None):
+        """Images (B, channels, H, W) -> what the denoiser sees. Latents of a training batch are computed once an image and way of flipping it."""
+        if not self.codec:
+            return haar(x) / 2 if self.wavelet else x
+        self.codec.check(self.codec_id)
+        turned = batch is None or (batch.variant < 0).any()
+        return self.codec.encode(x, () if turned else (batch.index * 4 + batch.variant).tolist()) * self.latent_scale
+
+    @torch.no_grad()
+    def decode(self, x):
+        """What the denoiser sees -> images (B, channels, H, W)."""
+        if not self.codec:
+            return unhaar(2 * x) if self.wavelet else x
+        self.codec.check(self.codec_id)
+        return self.codec.decode(x / self.latent_scale, self.channels)
+
+
+def build(config, facts):
+    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    if facts["multilabel"]:
+        raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
+    if config.pretrain_epochs and not config.baseline:
+        raise run.UserError(f"--pretrain-epochs {config.pretrain_epochs} --no-baseline: there is no plain ResNet to train before the diffusion; leave one out")
+    if len(facts["classes"]) == 2 and config.votes % 2 == 0:
+        raise run.UserError(f"--votes {config.votes}: two classes could draw; take an odd number, such as {config.votes + 1}")
+    number, pair = r"0?\.\d*[1-9]\d*|[1-9](\.\d+)?e-\d+", r"[1-9]\d*:[1-9]\d*"
+    if not re.fullmatch(f"none|exact|ttest|{number}|{pair}(,{pair})*", config.stop):
+        raise run.UserError(f"--stop {config.stop}: take none, exact, a probability such as 1e-3, ttest, or stages such as 10:3,50:1")
+    settles = config.rule if config.stop == "none" or ":" in config.stop else "mean" if config.stop == "ttest" else "majority"
+    if settles != config.rule:
+        raise run.UserError(f"--stop {config.stop} --rule {config.rule}: stops where the label of the {settles} is settled; add --rule {settles}")
+    try:
+        nets = Networks(config, facts["channels"], len(facts["classes"]))
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
+        raise run.UserError(f"--mult {config.mult} --attention {config.attention} --channels {config.channels} --head-channels {config.head_channels}: "
+                            f"no network can be made of these ({fault})") from None
+    if nets.codec and nets.codec.channels == 1 and facts["channels"] == 3:
+        raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images need one of colour images")
+    if config.size % nets.multiple:
+        low = config.size // nets.multiple * nets.multiple
+        raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
+    return nets
+
+
+def initialise(nets, data, config):
+    """Measures the latents' spread on some training images; loads ImageNet weights and those of another run, where asked for."""
+    missing = [name for k, name in enumerate(data.classes) if k not in data.val.labels]
+    if config.rule == "learned" and missing:
+        raise run.UserError(f"--rule learned: is fitted on validation, which has no image of class {', '.join(missing)}; take --rule majority")
+    if config.pretrained and nets.resnet is not None:
+        run.load_pretrained(nets.resnet, config.pretrained)
+    if nets.codec and not config.latent_scale:
+        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
+        nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
+    if config.init:
+        run.load_init(nets, config.init, METHOD)
+
+
+def parameter_groups(nets, config):
+    """AdamW's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
+    groups = {"resnet": nets.resnet, "diffusion": nets.unet}
+    return [dict(name=name, params=list(net.parameters()), lr=config.lr, peak=config.lr, clip=config.clip, weight_decay=0.) for name, net in groups.items() if net]
+
+
+def learning_rate(config, group, epoch):
+    """A cosine from the peak to 0, times a linear warm-up."""
+    begin = config.pretrain_epochs if group["name"] == "diffusion" else 0
+    done = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin)
+    return group["peak"] * min(1., done / max(config.warmup, 1e-9)) * (1 + math.cos(math.pi * done)) / 2
+
+
+# ============================================================================= 6 evaluation
+@dataclass
+class Case:
+    """An image that is being judged."""
+    row: int                            # of its split
+    x: torch.Tensor                     # (1, C, H, W) as the network sees it
+    t: torch.Tensor                     # (N,) its times
+    error: np.ndarray                   # (N, K), nan where a class was not asked (yet)
+    classes: np.ndarray                 # that can still win
+    done: int = 0                       # levels that were asked
+
+
+def seen(nets, image, device):
+    """An image uint8 (channels, H, W) as the network sees it, (1, C, H, W)."""
+    return nets.encode(torch.from_numpy(image[None].astype(np.float32) / 127.5 - 1).to(device))
+
+
+@torch.no_grad()
+def settled(nets, config, split, device):
+    """The Cases of this process's images of a split, each as soon as it is settled. A batch holds as many images as it can take with all their
+    classes, a level each (several, if none can be settled before its last); an image that is settled makes room for the next."""
+    waiting, active, room = deque(range(run.rank(), len(split), run.world())), [], max(1, config.eval_batch_size // nets.classes)
+    while waiting or active:
+        while waiting and len(active) < room:
+            i = waiting.popleft()
+            active.append(Case(i, seen(nets, split.images[i], device), times(config, split.ids[i]),
+                               np.full((config.votes, nets.classes), np.nan), np.arange(nets.classes)))
+        levels = 1 if config.stop != "none" else min(max(1, room // len(active)), *(config.votes - case.done for case in active))
+        rows = [(case, j) for case in active for j in range(case.done, case.done + levels)]
+        pairs = [(r, k) for r, (case, _) in enumerate(rows) for k in case.classes]
+        x, t = torch.cat([case.x for case, _ in rows]), torch.stack([case.t[j] for case, j in rows]).to(device)
+        eps = run.image_noise(config.seed, [f"{split.ids[case.row]} {j}" for case, j in rows], nets.shape, device)
+        with run.autocast(config, device):
+            found = errors(nets, config, x, t, eps, *torch.tensor(pairs, device=device).T).sum((1, 2, 3)).cpu().numpy()
+        for (r, k), error in zip(pairs, found):
+            rows[r][0].error[rows[r][1], k] = error
+        for case in active:
+            case.done += levels
+            case.classes = survivors(case.error[:case.done], case.classes, config)
+        ready = [case.done == config.votes or len(case.classes) == 1 for case in active]
+        yield from (case for case, over in zip(active, ready) if over)
+        active = [case for case, over in zip(active, ready) if not over]
+
+
+def judge(nets, config, split, device):
+    """A whole split, over all processes: errors (M, N, K), nan where a class was not asked; classes that could still win (M, K); times (M, N)."""
+    share = range(run.rank(), len(split), run.world())
+    found = {case.row: (case.error, np.isin(np.arange(nets.classes), case.classes))
+             for case in run.progress(settled(nets, config, split, device), "judge", total=max(1, len(share)))}
+    rows = run.gather({"error": np.array([found[i][0] for i in share], np.float64).reshape(-1, config.votes, nets.classes),
+                       "alive": np.array([found[i][1] for i in share], bool).reshape(-1, nets.classes)})
+    return rows["error"], rows["alive"], np.array([times(config, name).numpy() for name in split.ids])
+
+
+@torch.no_grad()
+def evaluate(nets, split, config, device, joint=None):
+    """Every model on a whole split: ({model: probabilities (M, K)}, {kind: uncertainty (M,)}); the method, by its rule, comes first.
+    joint: given while training, when `val_votes` levels and the majority have to do."""
+    nets.eval()
+    if joint is not None:
+        config = dataclasses.replace(config, votes=config.val_votes, stop="none", rule="majority")
+    error, alive, t = judge(nets, config, split, device)
+    found, rows = rules(nets, config, error, alive, t), []
+    predictions = {METHOD: found[config.rule]}
+    if joint is None and config.stop == "none":                         # errors of a run that stops early are of use to its own rule alone
+        predictions |= {f"rule {rule}": p for rule, p in found.items() if rule != config.rule}
+    if nets.resnet is not None:
+        for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
+            with run.autocast(config, device):
+                rows.append(nets.resnet(batch.x).float().softmax(1).cpu().numpy().astype(np.float64))
+        predictions |= run.gather({"resnet": np.concatenate(rows)})
+    return predictions, uncertainties(error, predictions[METHOD])
+
+
+def uncertainties(error, p):
+    """{kind: (M,)}, a kind of --uncertainty each. With q the shares of the votes: 1 - q of the class predicted; half the sum of q (1 - q), for two
+    classes the variance of a vote; the chance, by the votes, that a longer run would have another class in front; entropy of p over log K."""
+    votes, mine = count_votes(error), np.eye(p.shape[1], dtype=bool)[p.argmax(1)]
+    q = votes / votes.sum(1, keepdims=True)
+    posterior = np.array([below_half(int(a), int(b)) for a, b in zip(votes[mine], np.where(mine, 0, votes).max(1))])
+    return {"votes": 1 - q[mine], "variance": (q * (1 - q)).sum(1) / 2, "posterior": posterior,
+            "entropy": -(p * np.log(p.clip(1e-30))).sum(1) / np.log(p.shape[1])}
+
+
+@torch.no_grad()
+def calibrate(nets, split, config, device):
+    """Fits the learned rule's weights to a validation split and, with --calibrate, the other rules' temperatures. `measure` uses its errors."""
+    whole, began = dataclasses.replace(config, stop="none"), time.monotonic()
+    error, alive, t = judge(nets, whole, split, device)
+    differences = bucket_differences(error, logsnr(config, torch.from_numpy(t).double(), nets.shape[-1]).numpy())
+    nets.validation = error, alive, t, differences, (time.monotonic() - began) / len(split)
+    for buffer, value in zip((nets.weight, nets.bias, nets.temperature), (*fit(differences, split.labels), 1.)):
+        buffer[:] = value
+    if config.calibrate:                                                # all but the learned rule, whose fit has made it calibrated
+        for i, p in enumerate(list(rules(nets, whole, error, alive, t).values())[:3]):
+            nets.temperature[i] /= metrics.sharpness(split.labels, p)
+
+
+def measure(nets, data, config, device, figures):
+    """On validation, of the errors that `calibrate` found: accuracy of each rule by number of levels; what share of the network's calls each way to
+    stop needs, and how often it gives the label of the whole run; pictures of the rules, and of the errors by log-SNR."""
+    (error, alive, t, differences, seconds), labels, table, stops = nets.validation, data.val.labels, [], {}
+    for n in [n for n in (1, 3, 5, 11, 25, 51, 101, 251) if n < config.votes] + [config.votes]:
+        found = {rule: p.argmax(1) for rule, p in rules(nets, config, error[:, :n], alive, t[:, :n]).items()}
+        table.append({"votes": n, **{rule: metrics.accuracy(labels, label) for rule, label in found.items()}})
+    for stop, rule in (("exact", "majority"), ("1e-4", "majority"), ("1e-3", "majority"), ("1e-2", "majority"), ("ttest", "mean")):
+        kept, left = stopped(error, dataclasses.replace(config, stop=stop, rule=rule))
+        same = rules(nets, config, kept, left, t)[rule].argmax(1) == found[rule]       # found: of the last row, all levels
+        stops[stop] = {"share_of_calls": float((~np.isnan(kept)).mean()), "same_label": float(same.mean())}
+    plots.line_chart(figures / "rules.png", {rule: ([row["votes"] for row in table], [row[rule] for row in table]) for rule in found},
+                     "Accuracy on validation against noise levels", "noise levels an image", "accuracy")
+    middle = (np.arange(BUCKETS) + .5) / BUCKETS * 20 - 10
+    plots.line_chart(figures / "errors.png", {name: (middle, differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
+                     "How much less the true class errs, by noise", "log-SNR", "error of the true class - mean of all")
+    return {"validation_by_votes": table, "validation_by_stop": stops, "calls_an_image": config.votes * nets.classes, "seconds_an_image": seconds,
+            "bucket_weights": nets.weight.tolist(), "bias": nets.bias.tolist()}
+
+
+# ============================================================================= 7 setup
+def train(config, resume=None):
+    """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
+
+    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    """
+    device = run.start(config)
+    out = run.choose_folder(config, METHOD, resume)
+    with run.first_process_first():
+        data = load_for(config)
+    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    torch.manual_seed(config.seed)
+    nets = run.place(build(config, facts), device)
+    if resume is None:
+        initialise(nets, data, config)
+    if device.type == "cuda" and run.world() > 1:
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    state = run.State(METHOD, config, facts, nets, torch.optim.AdamW(parameter_groups(nets, config), fused=True))
+    if resume is not None:
+        state.load(out / "last.pt")
+    if config.compile:
+        for net in nets.children():
+            net.compile()
+    run.make_folder(out, config)
+    run.describe(config, data, METHOD, nets, device)
+    total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
+    finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
+
+    # ========================================================================= 8 training loop
+    with run.defer_signals(lambda: (finite.flush(), state.save(out / "last.pt")), f"go on with --resume {out}"):
+        while len(state.history) < total:
+            epoch, began, waited = len(state.history), time.monotonic(), 0.
+            joint = epoch >= config.pretrain_epochs
+            if state.step < (epoch + 1) * steps:                        # else: stopped between training and validation
+                nets.train()
+                batches = Batches(data.train, config.batch_size, device, True, config.seed, [a for a in config.augment.split(",") if a],
+                                  config.balanced, state.step, run.rank(), run.world())
+                ready = time.monotonic()
+                for batch in run.progress(batches, f"epoch {epoch + 1}/{total}", start=state.step % steps):
+                    waited += time.monotonic() - ready
+                    torch.manual_seed(run.seed_of(config.seed, state.step, run.rank()))     # a resumed run draws the same numbers
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = learning_rate(config, group, state.step / steps)
+                    state.optimizer.zero_grad(set_to_none=True)
+                    for part in batch.split(config.grad_accum):
+                        with run.autocast(config, device):
+                            losses = train_step(nets, state.ema, config, part, joint)
+                        (losses["loss"] * len(part.y) / len(batch.y)).backward()
+                        state.add(losses, len(part.y) / len(batch.y))
+                    run.average_gradients(nets.parameters())
+                    norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
+                    finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
+                    state.optimizer.step()
+                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
+                    state.step += 1
+                    ready = time.monotonic()
+                finite.flush()
+            row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
+            predictions, _ = evaluate(state.ema, data.val, config, device, joint)
+            row |= run.validation(data.val, predictions, METHOD)
+            state.keep_best(row, config.select, out / "best.pt")
+            state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
+
+    # ========================================================================= 9 end
+    best = state.load_best(out / "best.pt")
+    calibrate(state.ema, data.val, config, device)
+    state.write_best(best, out / "best.pt")
+    specific = measure(state.ema, data, config, device, out / "figures")
+    predictions, uncertainty = evaluate(state.ema, data.test, config, device)
+    result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
+    run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
+    return run.report(state, out, result, specific, device)             # last: a run with metrics.json is finished
+
+
+# ============================================================================= 10 commands
+@torch.no_grad()
+def sample_command(checkpoint, label, n=16, output="", **given):
+    """Draws n images of a class: a picture each, and all in one grid."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    classes, k = facts["classes"], run.class_number(label, facts["classes"])
+    if n < 1:
+        raise run.UserError(f"-n {n}: 1 or more")
+    ids, images = [f"{classes[k]}-{i:04d}" for i in range(n)], []
+    for part in run.progress([ids[i:i + config.eval_batch_size] for i in range(0, n, config.eval_batch_size)], "draw"):
+        with run.autocast(config, device):                              # at time 1 nothing is left of the zeros
+            images += list(draw(nets, config, torch.zeros(len(part), *nets.shape, device=device), torch.full((len(part),), k, device=device), part))
+    out = run.result_folder(output, checkpoint, "sample", config)
+    for name, image in zip(ids, images):
+        plots.picture(image).save(out / f"{run.file_name(name)}.png")
+    print(f"{n} images of {classes[k]}: {plots.image_grid(out / 'samples.png', np.stack(images), title=classes[k])}")
+
+
+@torch.no_grad()
+def explain_command(checkpoint, paths=(), limit=0, output="", **given):
+    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the image denoised as each class from the same noise, the
+    signed difference from the predicted class, and the evidence: where the second class errs more than it."""
+    config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
+    split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
+    classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
+    error, alive, t = judge(nets, config, split, device)
+    p, votes = rules(nets, config, error, alive, t)[config.rule], count_votes(error)
+    for i, (name, image) in enumerate(zip(split.ids, split.images)):
+        best, second, *_ = shown = np.argsort(-p[i])[:3]
+        x = seen(nets, image, device)
+        with run.autocast(config, device):
+            drawn = draw(nets, config, x.expand(len(shown), -1, -1, -1), torch.tensor(shown, device=device), [name] * len(shown), config.start)
+            heat = evidence(nets, config, x, name, best, second)
+        tiles = {f"image {name}": plots.overlay(image),
+                 f"evidence for {classes[best]} against {classes[second]}": plots.overlay(image, heat.clip(0))}
+        tiles |= {f"denoised as {classes[k]}, p {p[i, k]:.3f}": plots.overlay(picture) for k, picture in zip(shown, drawn)}
+        for k, picture in zip(shown[1:], drawn[1:].astype(int)):
+            difference = 127.5 + (picture - drawn[0]).mean(0, keepdims=True).clip(-127, 127)
+            tiles[f"{classes[k]} minus {classes[best]}: grey is none"] = plots.overlay(difference.astype(np.uint8))
+        truth = f" (true: {classes[split.labels[i]]})" if split.labels[i] >= 0 else ""
+        plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{truth}", tiles, [],
+                          ["votes: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i]))])
+    print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
+
+
+def evidence(nets, config, x, name, best, other):
+    """(H, W), as the network sees it: how much more the class `other` errs at each place than `best`, mean over the levels that an image is judged at."""
+    total, t = 0, times(config, name).to(x.device)
+    for part in torch.arange(config.votes).split(max(1, config.eval_batch_size // 2)):
+        eps = run.image_noise(config.seed, [f"{name} {j}" for j in part.tolist()], nets.shape, x.device)
+        row, c = torch.arange(len(part), device=x.device).repeat(2), torch.tensor([best, other], device=x.device).repeat_interleave(len(part))
+        of_best, of_other = errors(nets, config, x.expand(len(part), -1, -1, -1), t[part], eps, row, c).sum(1).chunk(2)
+        total = total + (of_other - of_best).sum(0)
+    return (total / config.votes).cpu().numpy()
+
+
+def main(argv=None):
+    """The command line; returns the exit code. `train`, `eval` and `predict` are those of every method: common/run.py."""
+    label = {"--label": dict(required=True, help="class to draw, by name or number"), "-n": dict(type=int, default=16, metavar="N", help="how many; default 16")}
+    limit = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many pictures; default: all images given, or 8 of the test split")}
+    return run.command_line(argv, sys.modules[__name__], {
+        "sample": (sample_command, ["seed", *SAMPLING], "Draw images of a class.", label),
+        "explain": (explain_command, ["data", "root", "split", "start", *SAMPLING], "Show why: the image as every class, and where the classes' errors differ.", limit)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

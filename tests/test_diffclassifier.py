@@ -1,0 +1,753 @@
+"""diffclassifier.py: section 7 of papers/diffclassifier.md, item by item under its headings, then commands.
+
+Oracles: loops in plain Python, closed forms, enumeration of all votes to come, and a denoiser of Gaussians whose likelihoods are known. Networks are a
+few channels wide. Elsewhere: the schedule's values (test_schedules.py), the U-Net (test_unet.py), rejection curves (test_metrics.py).
+"""
+import csv
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffclassifier
+from common import metrics, run, votes
+from common.schedules import alpha_sigma, shifted_cosine, shifted_cosine_slope
+from common.wavelet import haar, unhaar
+from data import DataSet, Split, load_for
+from diffclassifier import Config, configure, count_votes, rules, survivors
+from tests.test_run import processes
+from tests.test_symmflow import autoencoder
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+def tiny(**given):
+    """The paper's recipe with networks of a few thousand weights."""
+    return configure(**dict(data="toy", recipe="paper", size=16, channels=8, mult="1,2", attention="2", head_channels=8, width=8, blocks=1, baseline=False,
+                            wavelet=False, time_scale=20., votes=9, val_votes=3, amp="off") | given)
+
+
+def networks(config, classes=3, channels=3):
+    """As after training: what is zero at first is not."""
+    torch.manual_seed(0)
+    nets = diffclassifier.build(config, dict(channels=channels, classes=list("abcdefgh")[:classes], multilabel=False))
+    for p in nets.unet.parameters():
+        p.data += .1 * torch.randn_like(p)
+    return nets.eval()
+
+
+def pictures(n, size=16, channels=3, classes=3):
+    """A split of noise."""
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (n, channels, size, size), np.uint8), np.arange(n) % classes, [f"picture-{i}" for i in range(n)])
+
+
+def some_errors(M=40, N=15, K=3, seed=0):
+    """Errors of which the classes share most, as those of a network do, and times."""
+    rng = np.random.default_rng(seed)
+    error = 5 + rng.gamma(2, 1, (M, N, 1)) + .3 * rng.normal(size=(M, N, K)) + .15 * rng.normal(size=(M, 1, K))
+    return error, rng.random((M, N)).astype(np.float32)
+
+
+def ruled(config, error, t, alive=None, nets=None):
+    K = error.shape[2]
+    nets = nets or SimpleNamespace(shape=(1, 16, 16), bias=torch.zeros(K), weight=torch.zeros(votes.BUCKETS), temperature=torch.ones(4))
+    return rules(nets, config, error, np.ones(error[:, 0].shape, bool) if alive is None else alive, t)
+
+
+def labels(p):
+    return {rule: q.argmax(1).tolist() for rule, q in p.items()}
+
+
+# ---------------------------------------------------------------------------------------------- 1 the diffusion
+@pytest.mark.parametrize("l", [-19., -3., 0., 4., 15.])
+def test_errors_of_eps_v_and_x_are_proportional(l):
+    x, eps, v_hat = torch.randn(3, 4, 2, 8, 8, dtype=torch.float64)
+    level = torch.full((4,), l, dtype=torch.float64)
+    z, a, s = diffclassifier.diffuse(x, eps, level)
+    assert torch.allclose(a ** 2 + s ** 2, torch.ones(()).double())
+    v, x_hat = a * eps - s * x, a * z - s * v_hat
+    eps_hat = s * z + a * v_hat
+    of = lambda d: d.square().sum((1, 2, 3))
+    a2, s2 = a.flatten() ** 2, s.flatten() ** 2
+    assert torch.allclose(of(eps_hat - eps), a2 * of(v_hat - v)) and torch.allclose(of(x_hat - x), s2 * of(v_hat - v))
+    assert torch.allclose(of(x_hat - x), math.exp(-l) * of(eps_hat - eps))
+    ours = diffclassifier.epsilon(tiny(), v_hat, z, a, s)
+    assert torch.allclose(ours.double(), eps_hat, atol=1e-5)
+    assert torch.allclose((z - s * eps_hat) / a, x_hat, atol=1e-5)      # as `draw` has it
+    assert torch.equal(diffclassifier.epsilon(tiny(prediction="eps"), v_hat, z, a, s), v_hat.float())
+
+
+def test_the_schedule_is_that_of_the_side_seen_and_never_below_noise_d():
+    t = torch.rand(5)
+    assert torch.equal(diffclassifier.logsnr(tiny(), t, 16), shifted_cosine(t, 64, 64))
+    assert torch.equal(diffclassifier.logsnr(tiny(), t, 128), shifted_cosine(t, 64, 128))
+
+
+def known(config, x, eps):
+    """A network that knows image and noise."""
+    def denoise(z, l, c, row=None):
+        a, s = (p.view(-1, 1, 1, 1) for p in alpha_sigma(l))
+        return a * eps - s * x if config.prediction == "v" else eps
+    return denoise
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+def test_who_knows_image_and_noise_has_no_loss_and_the_loss_is_finite_at_the_ends(prediction, monkeypatch):
+    config, x, eps = tiny(prediction=prediction), torch.rand(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+    monkeypatch.setattr(torch, "randn_like", lambda x: eps)
+    nets = SimpleNamespace(classes=3, denoise=known(config, x, eps))
+    assert diffclassifier.loss(nets, config, x, torch.zeros(8).long())["diffusion"] < 1e-10
+    nets.denoise = lambda z, l, c: torch.zeros_like(z)
+    for value in (0., 1.):
+        with monkeypatch.context() as m:
+            m.setattr(torch, "rand", lambda *n, device=None: torch.full(n, value))
+            for kind in ("none", "min-snr", "authors", "band"):
+                found = diffclassifier.loss(nets, dataclasses.replace(config, loss_weight=kind), x, torch.zeros(8).long())
+                assert found["diffusion"].isfinite() and found["error_by_t"][1].tolist() == [8 * (i == 9 * value) for i in range(10)]
+
+
+@pytest.mark.parametrize("l", [-19., -2., 0., 3., 11.])
+def test_weights_of_v_and_eps_say_the_same_of_one_error(l):
+    l = torch.tensor([l], dtype=torch.float64)
+    snr, a2 = l.exp(), torch.sigmoid(l)
+    wanted = {"min-snr": snr.clamp_max(5) / snr, "authors": 1 / (1 + snr.clamp_max(5))}                     # of eps
+    for kind, of_eps in wanted.items():
+        assert torch.allclose(diffclassifier.loss_weight(tiny(loss_weight=kind, prediction="eps"), l), of_eps)
+        assert torch.allclose(diffclassifier.loss_weight(tiny(loss_weight=kind), l), of_eps * a2)
+    assert diffclassifier.loss_weight(tiny(), l) == diffclassifier.loss_weight(tiny(prediction="eps"), l) == 1
+
+
+def test_fifteen_percent_of_training_has_no_class_and_classification_always_has():
+    seen, config = [], tiny()
+    nets = SimpleNamespace(classes=3, denoise=lambda z, l, c: seen.append(c) or torch.zeros_like(z))
+    diffclassifier.loss(nets, config, torch.zeros(20000, 1, 1, 1), torch.arange(20000) % 3)
+    assert abs((seen[0] == 3).float().mean() - .15) < .01
+    kept = seen[0] != 3
+    assert torch.equal(seen[0][kept], (torch.arange(20000) % 3)[kept])
+    nets = networks(config)
+    nets.unet.register_forward_pre_hook(lambda net, given: seen.append(given[2]))
+    diffclassifier.judge(nets, config, pictures(2), CPU)
+    assert set(torch.cat(seen[1:]).tolist()) == {0, 1, 2}
+
+
+# ---------------------------------------------------------------------------------------------- 2, 3 the rules
+def test_votes_do_not_depend_on_the_space_or_weight_of_the_error_and_the_mean_does():
+    error, t = some_errors()
+    l = shifted_cosine(torch.from_numpy(t).double()).numpy()[..., None]
+    for weight in (1 + np.exp(-l), np.exp(-l), np.random.default_rng(1).gamma(1, 1, l.shape)):      # v, x, any
+        assert np.array_equal(count_votes(error), count_votes(error * weight))
+    two = np.array([[[1., 0.], [0., .9]]])                              # the mean prefers class 1, x errors of which the second level counts double, 0
+    assert votes.mean_errors(two).argmin(1) == 1 and votes.mean_errors(two, np.array([1., 2.])[None, :, None]).argmin(1) == 0
+
+
+def test_votes_are_counted_as_by_a_double_loop():
+    error, t = some_errors()
+    p = ruled(tiny(), error, t)["majority"]
+    for e, v, q in zip(error, count_votes(error), p):
+        counted = np.bincount(e.argmin(1), minlength=3)
+        assert v.tolist() == counted.tolist() and q.sum() == pytest.approx(1)
+        lead = np.flatnonzero(counted == counted.max())
+        assert q.argmax() == min(lead, key=lambda k: e[:, k].mean())
+
+
+def test_one_level_is_one_vote_and_no_rule_differs():
+    error, t = some_errors(N=1)
+    found = labels(ruled(tiny(), error, t))
+    assert found["majority"] == found["mean"] == found["elbo"] == error[:, 0].argmin(1).tolist()
+
+
+def test_majority_and_mean_disagree_where_one_large_error_outweighs_two_small():
+    error = np.array([[[1., 2.], [1., 2.], [9., 2.]]])
+    found = labels(ruled(tiny(), error, np.full((1, 3), .5)))
+    assert found["majority"] == [0] and found["mean"] == [1]
+
+
+def test_a_tie_of_votes_goes_to_the_lower_mean_error_of_those_that_tie():
+    """Class 2 has the lowest mean and too few votes; of 0 and 1, with two each, 1 has the lower mean."""
+    error = np.array([[[1., 2, 2], [1, 2, 2], [9, 1, 2], [9, 1, 2], [30, 30, 0]]])
+    p = ruled(tiny(), error, np.full((1, 5), .5))
+    assert count_votes(error).tolist() == [[2, 2, 1]] and error.mean(1).argmin() == 2 and labels(p)["majority"] == [1]
+
+
+def test_the_mean_rules_are_the_least_weighted_mean():
+    error, t = some_errors()
+    p = ruled(tiny(), error, t)
+    slope = shifted_cosine_slope(torch.from_numpy(t).double()).numpy()[..., None]
+    assert np.array_equal(p["mean"].argmax(1), error.mean(1).argmin(1)) and np.array_equal(p["elbo"].argmax(1), (slope * error).mean(1).argmin(1))
+
+
+def test_the_order_of_classes_permutes_votes_and_probabilities():
+    error, t = some_errors(K=4)
+    turn = [2, 0, 3, 1]
+    assert np.array_equal(count_votes(error)[:, turn], count_votes(error[..., turn]))
+    a, b = ruled(tiny(), error, t), ruled(tiny(), error[..., turn], t)
+    assert all(np.allclose(a[rule][:, turn], b[rule]) for rule in a)
+
+
+def test_bucket_differences_are_those_of_a_loop():
+    error, t = some_errors(M=3)
+    error[1, 5:, 0] = np.nan
+    l = np.random.default_rng(0).uniform(-14, 14, t.shape)
+    found = votes.bucket_differences(error, l)
+    for m, j, k in np.ndindex(found.shape):
+        inside = [error[m, n, k] - np.nanmean(error[m, n]) for n in range(15) if min(max(int((l[m, n] + 10) // 2), 0), 9) == j and not np.isnan(error[m, n, k])]
+        assert found[m, j, k] == pytest.approx(np.mean(inside) if inside else 0)
+
+
+def test_the_learned_rule_finds_the_bucket_that_tells_and_the_bias():
+    rng = np.random.default_rng(0)
+    y = (rng.random(600) < .8).astype(int)
+    x = rng.normal(size=(600, 10, 2))
+    x[:, 4] += 1.5 * (1 - 2 * np.eye(2)[y])
+    w, b = votes.fit(x, y)
+    assert w.argmax() == 4 and w[4] > 5 * w[[0, 1, 2, 3, 5, 6, 7, 8, 9]].abs().max() and b[1] > b[0]
+    p = (b - torch.einsum("j,mjk->mk", w, torch.from_numpy(x))).softmax(1)
+    assert (p.argmax(1).numpy() == y).mean() > .95 and abs(p[:, 1].mean() - y.mean()) < .02               # calibrated in the mean
+    scaled, _ = votes.fit(1e4 * x, y)
+    assert torch.allclose(1e4 * scaled, w, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- 4 common random numbers
+@pytest.mark.parametrize("late", [False, True])
+def test_classes_of_one_embedding_have_equal_errors(late):
+    config = tiny(late_class=late)
+    nets = networks(config)
+    nets.unet.classes.weight.data[:] = nets.unet.classes.weight[0]
+    error, _, _ = diffclassifier.judge(nets, config, pictures(3), CPU)
+    assert np.allclose(error, error[..., :1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+@torch.no_grad()
+def test_errors_of_a_batch_are_those_of_each_image_level_and_class_alone(late, prediction):
+    config, split = tiny(late_class=late, prediction=prediction, votes=3, stratified=True), pictures(2)
+    nets = networks(config)
+    error, alive, t = diffclassifier.judge(nets, config, split, CPU)
+    for i, name in enumerate(split.ids):
+        x = torch.from_numpy(split.images[i:i + 1]) / 127.5 - 1
+        assert sorted((3 * t[i]).astype(int)) == [0, 1, 2]
+        for n, k in np.ndindex(3, 3):
+            eps, l = run.image_noise(0, [f"{name} {n}"], (3, 16, 16), CPU), shifted_cosine(torch.tensor([t[i, n]]))
+            a, s = alpha_sigma(l)
+            z = a * x + s * eps
+            out = nets.unet(z, l * 20, torch.tensor([k]))               # forward, whatever late_class
+            eps_hat = s * z + a * out if prediction == "v" else out
+            assert error[i, n, k] == pytest.approx((eps_hat - eps).square().sum().item(), rel=1e-4)
+    assert error.dtype == np.float64 and alive.all()
+
+
+# ---------------------------------------------------------------------------------------------- 5 Gaussians
+def test_weighted_as_the_likelihood_bound_the_errors_of_exact_denoisers_give_the_log_likelihood_ratio():
+    """Classes N(m_k, .5^2 I) in 4 dimensions: E[x | z] is linear in z, and log p(x | 0) - log p(x | 1) is known. Rules give Bayes' label."""
+    spread, means, N = .5, torch.tensor([[.6, 0, 0, 0], [-.3, .5, 0, 0]]), 20000
+    config = tiny(votes=N, stratified=True)
+
+    def denoise(z, l, c, row):
+        a, s = (p.view(-1, 1, 1, 1)[row] for p in alpha_sigma(l))
+        z, m = z[row], means[c].view(-1, 4, 1, 1)
+        x_hat = m + a * spread ** 2 / (a ** 2 * spread ** 2 + s ** 2) * (z - a * m)
+        return ((z - a * x_hat) / s - s * z) / a                        # as v
+    nets = SimpleNamespace(denoise=denoise)
+    for i, x in enumerate(torch.tensor([[.5, .1, .2, 0], [-.2, .4, 0, .3], [1., -.5, 0, 0]])):
+        t = diffclassifier.times(config, f"g{i}")
+        row, c = torch.arange(N).repeat_interleave(2), torch.arange(2).repeat(N)
+        e = diffclassifier.errors(nets, config, x.view(1, 4, 1, 1).expand(N, -1, -1, -1), t, torch.randn(N, 4, 1, 1), row, c)
+        error = e.sum((1, 2, 3)).view(1, N, 2).double().numpy()
+        slope = shifted_cosine_slope(t.double()).numpy()[None, :, None]
+        bound = votes.mean_errors(error, slope / 2)[0]
+        exact = ((x - means) ** 2).sum(1) / (2 * spread ** 2)           # minus log p, but for a constant
+        assert bound[1] - bound[0] == pytest.approx((exact[1] - exact[0]).item(), abs=.12)
+        p = ruled(config, error, t.numpy()[None])
+        assert labels({k: p[k] for k in ("majority", "mean", "elbo")}) == dict.fromkeys(("majority", "mean", "elbo"), [int(exact.argmin())])
+
+
+# ---------------------------------------------------------------------------------------------- 6 stopping early
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_the_exact_stop_never_changes_a_label_and_stops_as_soon_as_the_leader_cannot_be_caught(K):
+    error, t = some_errors(M=60, N=21, K=K)
+    config = tiny(votes=21, stop="exact")
+    kept, alive = diffclassifier.stopped(error, config)
+    assert labels(ruled(config, kept, t, alive))["majority"] == labels(ruled(config, error, t))["majority"]
+    used = (~np.isnan(kept)).all(2).sum(1)
+    assert (used <= 21).all() and used.min() < 21 and np.array_equal(np.isnan(kept).any(2), np.isnan(kept).all(2))
+    for e, n in zip(error, used):
+        def lead(n):
+            second, first = np.sort(np.bincount(e[:n].argmin(1), minlength=K))[-2:]
+            return first - second > 21 - n
+        assert n == next((i for i in range(1, 21) if lead(i)), 21)
+
+
+@pytest.mark.parametrize("a, b, m", [(3, 1, 4), (0, 0, 3), (5, 2, 6), (4, 4, 5), (6, 0, 3)])
+def test_the_chance_of_being_overtaken_is_that_of_all_votes_to_come(a, b, m):
+    """Polya's urn: each vote falls to a side in proportion to its votes so far plus one."""
+    total = 0.
+    for votes_to_come in itertools.product([0, 1], repeat=m):
+        n, p = [a + 1, b + 1], 1.
+        for side in votes_to_come:
+            p *= n[side] / sum(n)
+            n[side] += 1
+        total += p * (n[1] >= n[0])
+    assert votes.overtaken(a, b, m) == pytest.approx(total)
+
+
+def test_the_posterior_is_the_integral_of_the_share_below_one_half():
+    q = (np.arange(200000) + .5) / 200000
+    for a, b in ((0, 0), (3, 1), (10, 11), (26, 25), (40, 11)):
+        density = q ** a * (1 - q) ** b
+        assert votes.below_half(a, b) == pytest.approx(density[q < .5].sum() / density.sum(), rel=1e-4)
+
+
+def test_the_approximate_stop_asks_less_and_seldom_errs():
+    error, t = some_errors(M=100, N=51, K=2)
+    full = np.array(labels(ruled(tiny(votes=51), error, t))["majority"])
+    asked = []
+    for stop in ("exact", "1e-3", "1e-1"):
+        config = tiny(votes=51, stop=stop)
+        kept, alive = diffclassifier.stopped(error, config)
+        asked.append((~np.isnan(kept)).sum())
+        assert (labels(ruled(config, kept, t, alive))["majority"] == full).mean() >= {"exact": 1, "1e-3": .98, "1e-1": .85}[stop]
+    assert asked[0] > asked[1] > asked[2]
+
+
+@pytest.mark.parametrize("t, df, p", [(2.093, 19, .05), (2.861, 19, .01), (3.883, 19, .001), (2.009, 50, .05), (3.496, 50, .001), (2.776, 4, .05)])
+def test_paired_p_is_students(t, df, p):
+    d = np.random.default_rng(0).normal(size=df + 1)
+    d = (d - d.mean()) / d.std(ddof=1) + t / math.sqrt(df + 1)
+    assert votes.paired_p(d) == pytest.approx(p, rel=.02) and votes.paired_p(-d) == pytest.approx(votes.paired_p(d))
+
+
+def test_paired_p_of_differences_that_do_not_vary():
+    assert votes.paired_p(np.zeros(5)) == 1 and votes.paired_p(np.ones(5)) == 0
+
+
+def test_the_t_test_drops_classes_of_a_clearly_higher_mean_after_twenty_levels():
+    rng = np.random.default_rng(0)
+    error = rng.normal(size=(60, 1)) + np.array([0., .05, 2.]) + .3 * rng.normal(size=(60, 3))
+    config = tiny(votes=60, stop="ttest", rule="mean")
+    assert survivors(error[:19], np.arange(3), config).tolist() == [0, 1, 2]
+    assert survivors(error[:20], np.arange(3), config).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("rule", ["majority", "mean"])
+def test_an_eliminated_class_never_wins_and_the_last_one_does(rule):
+    error, t = some_errors(M=60, N=15, K=4)
+    for stop, left in (("5:2", 2), ("3:3,9:1", 1), ("2:1", 1)):
+        config = tiny(votes=15, stop=stop, rule=rule)
+        kept, alive = diffclassifier.stopped(error, config)
+        assert (alive.sum(1) == left).all()
+        for r, p in ruled(config, kept, t, alive).items():
+            assert alive[np.arange(60), p.argmax(1)].all() and np.isfinite(p).all() and np.allclose(p.sum(1), 1)
+    first = ruled(tiny(), error[:, :2], t[:, :2])[rule].argmax(1)       # the last one: who was in front after two levels, by the rule's own order
+    assert alive[np.arange(60), first].all()
+
+
+@pytest.mark.parametrize("rule", ["majority", "mean"])
+def test_stages_that_eliminate_nobody_are_none(rule):
+    error, t = some_errors(K=2)
+    plain = labels(ruled(tiny(votes=15), error, t))[rule]
+    for stop in ("15:1", "5:2", "5:9,15:1"):
+        config = tiny(votes=15, stop=stop, rule=rule)
+        kept, alive = diffclassifier.stopped(error, config)
+        assert np.array_equal(kept, error) and labels(ruled(config, kept, t, alive))[rule] == plain
+
+
+@pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-1", "majority"), ("ttest", "mean"), ("2:2,6:1", "majority"), ("3:2", "mean")])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_stops_asks_what_a_whole_run_says_it_would(stop, rule, late):
+    config = tiny(rule=rule, votes=23 if stop == "ttest" else 9, late_class=late, eval_batch_size=7)
+    nets, split = networks(config), pictures(5)
+    whole, _, t = diffclassifier.judge(nets, config, split, CPU)
+    config = dataclasses.replace(config, stop=stop)
+    error, alive, again = diffclassifier.judge(nets, config, split, CPU)
+    kept, left = diffclassifier.stopped(whole, config)
+    assert np.allclose(error, kept, rtol=1e-4, equal_nan=True) and np.array_equal(alive, left) and np.array_equal(t, again)
+
+
+# ---------------------------------------------------------------------------------------------- 7 nothing else matters
+def test_batch_size_and_order_of_images_change_nothing():
+    config, split = tiny(votes=5), pictures(5)
+    nets = networks(config)
+    error, _, t = diffclassifier.judge(nets, config, split, CPU)
+    for size in (1, 4, 50):
+        other, _, times = diffclassifier.judge(nets, dataclasses.replace(config, eval_batch_size=size), split, CPU)
+        assert np.allclose(other, error, rtol=1e-5) and np.array_equal(t, times) and np.array_equal(count_votes(other), count_votes(error))
+    order = [3, 1, 4, 0, 2]
+    other, _, times = diffclassifier.judge(nets, config, split.take(order), CPU)
+    assert np.allclose(other, error[order], rtol=1e-5) and np.array_equal(times, t[order])
+
+
+def test_two_evaluations_are_equal_and_the_method_comes_first():
+    config, split = tiny(votes=3, baseline=True), pictures(4)
+    nets = networks(config)
+    (p, u), (q, w) = (diffclassifier.evaluate(nets.train(), split, config, CPU) for _ in range(2))
+    assert list(p) == ["diffclassifier", "rule mean", "rule elbo", "rule learned", "resnet"] == list(q)
+    assert all(np.array_equal(p[k], q[k]) for k in p) and all(np.array_equal(u[k], w[k]) for k in u)
+    assert list(diffclassifier.evaluate(nets, split, dataclasses.replace(config, stop="exact"), CPU)[0]) == ["diffclassifier", "resnet"]
+
+
+def test_two_processes_judge_what_one_does(tmp_path):
+    config, split = tiny(votes=5, stop="exact", baseline=True), pictures(5)
+    nets = networks(config)
+
+    def work(rank):
+        error, alive, t = diffclassifier.judge(nets, config, split, CPU)
+        p, u = diffclassifier.evaluate(nets, split, config, CPU)
+        return {"error": np.nan_to_num(error).tolist(), "alive": alive.tolist(), "t": t.tolist(), "p": p["diffclassifier"].tolist(), "u": u["posterior"].tolist()}
+    alone = work(0)
+    for found in processes(work, tmp_path):
+        assert all(np.allclose(found[k], alone[k], rtol=1e-4) for k in alone)
+
+
+def test_no_image_is_no_error():
+    config = tiny()
+    error, alive, _ = diffclassifier.judge(networks(config), config, pictures(0), CPU)
+    assert error.shape == (0, 9, 3) and alive.shape == (0, 3)
+
+
+def test_times_are_those_of_the_image_and_stratified_ones_fill_every_part_in_random_order():
+    config = tiny(votes=101, stratified=True)
+    a, b = diffclassifier.times(config, "a"), diffclassifier.times(config, "b")
+    assert torch.equal(a, diffclassifier.times(config, "a")) and not torch.equal(a, b)
+    assert sorted((a.double() * 101).int().tolist()) == list(range(101)) and abs(np.corrcoef(np.arange(101), a)[0, 1]) < .3
+    plain = diffclassifier.times(tiny(votes=5000), "a")
+    assert 0 <= plain.min() and plain.max() <= 1 and abs(plain.mean() - .5) < .02
+
+
+# ---------------------------------------------------------------------------------------------- 9, 10 images
+def calls(nets):
+    seen = []
+    nets.unet.register_forward_pre_hook(lambda net, given: seen.append(given[2].tolist()))
+    return seen
+
+
+@torch.no_grad()
+def test_drawing_takes_a_call_a_step_and_two_with_guidance_of_which_every_other_has_no_class():
+    nets, x, y = networks(tiny()), torch.zeros(2, 3, 16, 16), torch.tensor([0, 2])
+    seen = calls(nets)
+    plain = diffclassifier.draw(nets, tiny(guidance=0., draw_steps=4), x, y, ["a", "b"])
+    assert seen == [[0, 2]] * 4 and plain.shape == (2, 3, 16, 16) and plain.dtype == np.uint8
+    seen.clear()
+    guided = diffclassifier.draw(nets, tiny(guidance=2., draw_steps=4), x, y, ["a", "b"])
+    assert seen == [[0, 2], [3, 3]] * 4 and not np.array_equal(plain, guided)
+
+
+@torch.no_grad()
+def test_without_guidance_drawing_is_conditional_ancestral_sampling():
+    nets, config, y = networks(tiny()), tiny(guidance=0., draw_steps=3), torch.tensor([1])
+    levels = [shifted_cosine(torch.tensor(t)) for t in (1., 2 / 3, 1 / 3, 0.)]
+    noise = [run.image_noise(0, [f"a draw {i}"], (3, 16, 16), CPU) for i in range(3)]
+    z = noise[0]                                                        # (1 - 2e-9) of it: of the image nothing is left
+    for i, (l, after) in enumerate(zip(levels, levels[1:])):
+        (a, s), (a_s, s_s), c = alpha_sigma(l), alpha_sigma(after), -torch.expm1(l - after)
+        x = (a * z - s * nets.unet(z, l.expand(1) * 20, y)).clamp(-1, 1)
+        z = a_s * (z * (1 - c) / a + c * x) + s_s * c.sqrt() * noise[i + 1] if i < 2 else x
+    drawn = diffclassifier.draw(nets, config, torch.zeros(1, 3, 16, 16), y, ["a"])
+    assert np.abs(drawn.astype(int) - ((z.numpy() + 1) * 127.5).round()).max() <= 1
+
+
+@torch.no_grad()
+def test_one_label_and_name_are_one_image_and_from_time_0_the_image_comes_back():
+    config = tiny(draw_steps=3)
+    nets, x = networks(config), torch.rand(1, 3, 16, 16) * 2 - 1
+    drawn = diffclassifier.draw(nets, config, x.expand(3, -1, -1, -1), torch.tensor([0, 0, 1]), ["a"] * 3, .5)
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    drawn = diffclassifier.draw(nets, config, x, torch.tensor([0]), ["a"], 0.)
+    assert np.abs(drawn - ((x.numpy() + 1) * 127.5)).max() <= 2
+
+
+@torch.no_grad()
+def test_evidence_sums_to_the_difference_of_the_errors():
+    config = tiny(votes=5, eval_batch_size=4)
+    nets, split = networks(config), pictures(1)
+    error, _, _ = diffclassifier.judge(nets, config, split, CPU)
+    heat = diffclassifier.evidence(nets, config, diffclassifier.seen(nets, split.images[0], CPU), split.ids[0], 2, 0)
+    assert heat.shape == (16, 16) and heat.sum() == pytest.approx((error[0, :, 0] - error[0, :, 2]).mean(), rel=1e-3, abs=1e-2)
+
+
+def test_haar_is_orthonormal_and_halved_stays_in_range():
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    w = haar(x)
+    assert w.shape == (2, 12, 4, 6) and torch.allclose(unhaar(w), x, atol=1e-6)
+    assert torch.allclose(w.square().sum((1, 2, 3)), x.square().sum((1, 2, 3)), rtol=1e-5)
+    assert (haar(torch.sign(x)) / 2).abs().max() <= 1
+    a, b, c, d = x[0, 1, :2, :2].flatten().tolist()                     # of one square, by hand
+    assert w[0, [1, 4, 7, 10], 0, 0].tolist() == pytest.approx([(a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2], abs=1e-6)
+
+
+def test_wavelets_are_what_the_network_sees_and_decode_to_the_image():
+    nets, x = networks(tiny(wavelet=True)), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert nets.shape == (12, 8, 8) and nets.encode(x).shape == (2, 12, 8, 8) and torch.allclose(nets.decode(nets.encode(x)), x, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- 11, 12 uncertainty, arithmetic
+def test_uncertainties_lie_in_their_ranges_and_are_what_they_are_called():
+    for K in (2, 5):
+        error, t = some_errors(M=50, N=15, K=K)
+        p = ruled(tiny(), error, t)["majority"]
+        u = diffclassifier.uncertainties(error, p)
+        assert set(u) == set(diffclassifier.KINDS) and all(v.shape == (50,) and (v >= 0).all() and (v <= 1 + 1e-12).all() for v in u.values())
+        q = count_votes(error).max(1) / 15
+        assert np.allclose(u["votes"], 1 - q) and u["variance"].max() <= .5 * (1 - 1 / K) + 1e-12
+        if K == 2:
+            assert np.allclose(u["variance"], q * (1 - q)) and u["variance"].max() <= .25
+            assert (np.argsort(u["posterior"])[:5] == np.argsort(u["posterior"])[:5]).all() and u["posterior"].max() <= .5
+            order = np.argsort(q)
+            assert (np.diff(u["posterior"][order]) <= 1e-12).all()      # the surer the vote, the less
+
+
+def test_every_rule_has_a_temperature_of_its_own_which_keeps_its_labels():
+    error, t = some_errors()
+    nets = SimpleNamespace(shape=(1, 16, 16), bias=torch.zeros(3), weight=torch.zeros(10), temperature=torch.tensor([1., 2., 1., 1.]))
+    a, b = ruled(tiny(), error, t), ruled(tiny(), error, t, nets=nets)
+    assert np.array_equal(a["majority"], b["majority"]) and labels(a) == labels(b)
+    warm = np.sqrt(a["mean"])
+    assert np.allclose(b["mean"], warm / warm.sum(1, keepdims=True))
+
+
+def test_calibrate_fits_the_learned_rule_and_all_temperatures_but_its_own():
+    config, split = tiny(votes=5, calibrate=True), pictures(12)
+    nets = networks(config)
+    diffclassifier.calibrate(nets, split, config, CPU)
+    assert nets.temperature[3] == 1 and (nets.temperature[:3] != 1).all() and nets.weight.any() and abs(nets.bias.sum()) < 1e-4
+    error, alive, t = diffclassifier.judge(nets, config, split, CPU)
+    for rule, p in rules(nets, config, error, alive, t).items():         # no other exponent has a smaller loss
+        assert rule == "learned" or metrics.sharpness(split.labels, p) == pytest.approx(1, abs=.02)
+    diffclassifier.calibrate(nets, split, dataclasses.replace(config, calibrate=False), CPU)
+    assert (nets.temperature == 1).all()
+
+
+def test_bfloat16_votes_as_float32():
+    """Of a network whose classes differ: the null token apart, embeddings are far from each other."""
+    config = tiny(votes=15)
+    nets, split = networks(config), pictures(6)
+    nets.unet.classes.weight.data *= 5
+    a, b = (diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), split, CPU)[0] for amp in ("off", "bf16"))
+    assert (a.argmin(2) == b.argmin(2)).mean() >= .95 and np.allclose(a, b, rtol=.1) and not np.array_equal(a, b)
+    assert len(np.unique(b)) == b.size                                  # summed in float32: no ties
+
+
+# ---------------------------------------------------------------------------------------------- data, settings
+def test_so_many_images_are_judged_drawn_by_class_and_always_the_same():
+    config = configure(data="toy", size=28, limit=60)
+    assert configure(data="toy").judged == 250
+    whole, few, again = (load_for(dataclasses.replace(config, judged=n)) for n in (0, 20, 20))
+    assert len(few.train) == len(whole.train) == 60 and len(few.val) == len(few.test) == 20 and few.test.ids == again.test.ids
+    assert set(few.test.ids) < set(whole.test.ids) and set(few.test.labels) == set(range(5))
+    assert abs(np.bincount(few.test.labels)[0] / 20 - np.bincount(whole.test.labels)[0] / 60) < .1
+    rows = [whole.test.ids.index(name) for name in few.test.ids]
+    assert np.array_equal(few.test.images, whole.test.images[rows]) and np.array_equal(few.test.posterior, whole.test.posterior[rows])
+
+
+def facts(classes=5):
+    return dict(channels=3, classes=list("abcdefgh")[:classes], multilabel=False)
+
+
+@pytest.mark.parametrize("stop", ["never", "", "0", "1", "2", "0.0", "nan", "-1e-3", "10", "10:", "10:0", "0:3", "10:3,", "10:3:2", "1e-3,", "exact "])
+def test_a_stop_that_is_none_is_refused(stop):
+    with pytest.raises(run.UserError, match=r"take none, exact, a probability such as 1e-3, ttest, or stages such as 10:3,50:1"):
+        diffclassifier.build(tiny(stop=stop), facts())
+
+
+@pytest.mark.parametrize("stop, rule", [("none", "learned"), ("exact", "majority"), ("1e-3", "majority"), (".01", "majority"), ("0.05", "majority"),
+                                        ("ttest", "mean"), ("10:3,50:1", "elbo"), ("10:3", "majority")])
+def test_a_stop_is_taken_with_a_rule_whose_label_it_settles(stop, rule):
+    diffclassifier.build(tiny(stop=stop, rule=rule), facts())
+
+
+@pytest.mark.parametrize("given, n, said", [
+    (dict(stop="exact", rule="mean"), 5, "add --rule majority"), (dict(stop="ttest"), 5, "add --rule mean"), (dict(stop="1e-3", rule="learned"), 5, "add --rule majority"),
+    (dict(votes=10), 2, "--votes 10: two classes could draw; take an odd number, such as 11"), (dict(pretrain_epochs=1), 5, "--no-baseline"),
+    (dict(mult="1,x"), 5, "no network can be made"), (dict(size=17), 5, "--size 17: must be a multiple of 2; take 16 or 18")])
+def test_what_the_method_cannot_take_is_one_line(given, n, said):
+    with pytest.raises(run.UserError) as fault:
+        diffclassifier.build(tiny(**given), facts(n))
+    assert said in str(fault.value)
+
+
+def test_a_class_missing_in_validation_is_one_line_for_the_rule_that_is_fitted_there():
+    config, split = tiny(rule="learned"), pictures(6)
+    data = DataSet(split, split.take([0, 1, 3, 4]), split, list("abc"), False, 3)
+    with pytest.raises(run.UserError, match="--rule learned: is fitted on validation, which has no image of class c; take --rule majority"):
+        diffclassifier.initialise(networks(config), data, config)
+    diffclassifier.initialise(networks(config), data, dataclasses.replace(config, rule="majority"))
+
+
+# ---------------------------------------------------------------------------------------------- runs and commands
+ARGS = ("--data toy --size 28 --limit 12 --epochs 2 --batch-size 4 --val-votes 1 --channels 8 --mult 1,1,1 --attention 4 --head-channels 8 --width 8 --votes 5 "
+        "--draw-steps 2 --device cpu").split()
+
+
+def go(folder, *more):
+    """A run of a second or two; few resamples for its intervals. Returns the exit code."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.score, "__defaults__", (None, 5))
+        return diffclassifier.main([*ARGS, "--output", str(folder), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    assert go(folder) == 0
+    return folder
+
+
+def command(name, folder, *more):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.score, "__defaults__", (None, 5))
+        return diffclassifier.main([name, "--checkpoint", str(folder / "best.pt"), *map(str, more)])
+
+
+def opened(folder):
+    """Pictures below a folder, decoded: {path: size}."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.png")):
+        with Image.open(path) as image:
+            image.load()
+            found[str(path.relative_to(folder))] = image.size
+    return found
+
+
+def test_a_run_writes_its_numbers_and_pictures(toy_run):
+    found = json.loads((toy_run / "metrics.json").read_text())
+    assert set(opened(toy_run / "figures")) == {f"{name}.png" for name in ("curves", "confusion", "reliability", "coverage", "rules", "errors")}
+    assert set(found["baselines"]) == {"majority", "rule majority", "rule mean", "rule elbo", "resnet"} and found["method"] == "diffclassifier"
+    specific = found["method_specific"]
+    assert [row["votes"] for row in specific["validation_by_votes"]] == [1, 3, 5] and set(specific["validation_by_votes"][0]) == {"votes", "majority", "mean", "elbo", "learned"}
+    assert set(specific["validation_by_stop"]) == {"exact", "1e-4", "1e-3", "1e-2", "ttest"} and specific["calls_an_image"] == 25
+    assert specific["validation_by_stop"]["exact"]["same_label"] == 1 and specific["validation_by_stop"]["exact"]["share_of_calls"] <= 1
+    log = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and len(log[0]["error_by_t"]) == 10 and "loss" in log[0]
+
+
+def test_the_checkpoint_keeps_what_was_fitted(toy_run):
+    config, nets, _, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
+    specific = json.loads((toy_run / "metrics.json").read_text())["method_specific"]
+    assert nets.weight.tolist() == specific["bucket_weights"] and nets.bias.tolist() == specific["bias"] and nets.weight.any()
+
+
+@pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "learned"), ("none", "elbo")])
+def test_eval_with_every_stop(toy_run, tmp_path, stop, rule):
+    assert command("eval", toy_run, "--stop", stop, "--rule", rule, "--judged", 8, "--output", tmp_path / "out") == 0
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 9
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["stop"] == stop
+
+
+def test_eval_gives_the_runs_own_numbers_and_the_exact_stop_those_of_the_whole_vote(toy_run, tmp_path):
+    assert command("eval", toy_run, "--output", tmp_path / "a") == 0
+    ours, theirs = (json.loads((folder / "metrics.json").read_text())["test"] for folder in (tmp_path / "a", toy_run))
+    assert {k: v for k, v in ours.items() if k != "ci95"} == {k: v for k, v in theirs.items() if k != "ci95"}
+    for stop in ("none", "exact"):
+        assert command("eval", toy_run, "--rule", "majority", "--stop", stop, "--output", tmp_path / stop) == 0
+    a, b = ([row["predicted"] for row in csv.DictReader((tmp_path / stop / "predictions.csv").open())] for stop in ("none", "exact"))
+    assert a == b
+
+
+def own_images(folder, n=2):
+    folder.mkdir()
+    for i, image in enumerate(pictures(n, 40).images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"mine-{i}.png")
+    return folder
+
+
+def test_predict_writes_a_row_and_a_panel_an_image(toy_run, tmp_path, capsys):
+    assert command("predict", toy_run, own_images(tmp_path / "mine"), "--output", tmp_path / "out") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    assert len(rows) == 2 == len(opened(tmp_path / "out")) and all(sum(float(v) for k, v in row.items() if k.startswith("p:")) == pytest.approx(1, abs=1e-4) for row in rows)
+    said = capsys.readouterr().out
+    assert all(f"{kind} " in said for kind in diffclassifier.KINDS) and "not for clinical use" in said
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_explain_draws_a_picture_an_image(toy_run, tmp_path, own, capsys):
+    paths = [own_images(tmp_path / "mine")] if own else ["--limit", 2]
+    assert command("explain", toy_run, *paths, "--output", tmp_path / "out") == 0
+    assert len(opened(tmp_path / "out")) == 2 and "not for clinical use" in capsys.readouterr().out
+
+
+def test_sample_draws_the_same_again_and_the_first_of_many(toy_run, tmp_path):
+    for n in (1, 3):
+        assert command("sample", toy_run, "--label", "nevus", "-n", n, "--output", tmp_path / str(n)) == 0
+    assert set(opened(tmp_path / "3")) == {"samples.png", *(f"nevus-{i:04d}.png" for i in range(3))}
+    a, b = (np.asarray(Image.open(tmp_path / n / "nevus-0000.png")).astype(int) for n in "13")
+    assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("options", [["--wavelet", "--late-class", "--mult", "1,1", "--prediction", "eps", "--loss-weight", "min-snr"],
+                                     ["--recipe", "paper", "--stop", "exact", "--no-baseline", "--calibrate", "--balanced"]], ids=["wavelet", "paper"])
+def test_other_settings_run_from_end_to_end(options, tmp_path):
+    assert go(tmp_path / "run", *options) == 0
+    assert command("sample", tmp_path / "run", "--label", 1, "-n", 1) == 0 and command("explain", tmp_path / "run", "--limit", 1) == 0
+
+
+def test_latents_are_diffused_at_unit_spread_and_another_autoencoder_is_refused(tmp_path, capsys):
+    folder, small, other = tmp_path / "run", autoencoder(tmp_path / "small.pt"), autoencoder(tmp_path / "other.pt", seed=2)
+    assert go(folder, "--wavelet", "--mult", "1,1", "--autoencoder", small) == 0
+    config, nets, facts, device = run.load_model(folder / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
+    z = torch.cat([diffclassifier.seen(nets, image, CPU) for image in load_for(config).train.images])
+    assert z.shape == (12, 2, 14, 14) and .8 < z.std() < 1.25
+    assert command("sample", folder, "--label", 1, "-n", 1) == 0 and command("explain", folder, "--limit", 1) == 0
+    capsys.readouterr()
+    for name, options in (("eval", []), ("sample", ["--label", 1, "-n", 1])):
+        assert command(name, folder, "--autoencoder", other, *options) == 2
+        assert capsys.readouterr().err == f"error: --autoencoder {other}: is not the one that this model was trained with\n"
+
+
+@pytest.mark.parametrize("options", [["--votes", "0"], ["--stop", "never"], ["--stop", "exact", "--rule", "mean"], ["--val-votes", "0"], ["--mult", "1,x"]], ids=" ".join)
+def test_bad_settings_are_one_line_and_exit_code_2(options, tmp_path, capsys):
+    assert go(tmp_path / "run", *options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --") and said.count("\n") == 1
+
+
+def test_an_even_number_of_votes_for_two_classes_is_one_line(tmp_path, capsys):
+    for name in ("ill", "well"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, image in enumerate(np.random.default_rng(len(name)).integers(0, 256, (8, 16, 16, 3), np.uint8)):
+            Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
+    assert go(tmp_path / "run", "--data", "folder", "--root", tmp_path / "data", "--size", 16, "--scale", "small", "--votes", 4) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --votes 4: two classes could draw; take an odd number, such as 5\n"
+
+
+@pytest.mark.parametrize("label", ["5", "melanom", "-1"])
+def test_sample_refuses_a_label_that_is_none(toy_run, label, capsys):
+    assert command("sample", toy_run, f"--label={label}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --label {label}: no such class") and said.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- 13 learning
+def blobs(n, seed):
+    """16 pixels, gray: a bright blob at the left or at the right, on noise."""
+    rng = np.random.default_rng(seed)
+    labels, v, u = np.arange(n) % 2, *np.mgrid[:16, :16]
+    centre = np.array([[8, 4], [8, 11]])[labels] + rng.uniform(-1.5, 1.5, (n, 2))
+    blob = np.exp(-((v - centre[:, :1, None]) ** 2 + (u - centre[:, 1:, None]) ** 2) / 12)
+    x = (.1 + .8 * blob + .03 * rng.normal(size=(n, 16, 16))).clip(0, 1)
+    return Split((x * 255).round().astype(np.uint8)[:, None], labels, [f"{seed}-{i}" for i in range(n)])
+
+
+@pytest.mark.slow
+def test_a_tiny_network_learns_to_tell_left_from_right_and_bfloat16_votes_alike(tmp_path, monkeypatch):
+    data = DataSet(blobs(480, 0), blobs(40, 1), blobs(80, 2), ["left", "right"], False, 1)
+    monkeypatch.setattr(diffclassifier, "load_for", lambda config: data)
+    monkeypatch.setattr(run.score, "__defaults__", (None, 5))
+    config = configure(data="toy", size=16, epochs=10, batch_size=16, channels=16, mult="1,2", augment="", votes=25, val_votes=1, baseline=False, device="cpu",
+                       output=str(tmp_path / "run"))
+    found = diffclassifier.train(config)
+    assert found["test"]["accuracy"] >= .95 and found["baselines"]["rule majority"]["accuracy"] >= .95
+    specific = found["method_specific"]
+    assert specific["validation_by_votes"][-1]["majority"] >= specific["validation_by_votes"][0]["majority"] and specific["validation_by_stop"]["1e-3"]["same_label"] > .95
+    _, nets, _, _ = run.load_model(tmp_path / "run" / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
+    a, b = (count_votes(diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), data.val, CPU)[0]) for amp in ("off", "bf16"))
+    assert (a.argmax(1) == b.argmax(1)).mean() >= .99
