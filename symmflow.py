@@ -175,7 +175,7 @@ def path(x, y, xi_x, xi_y, t, s):
 def velocity(unet, config, x, y, t):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
     z = torch.cat([x, y], 1)
-    v = unet(z, t * config.time_scale, y.mean((2, 3)) if config.pooled else None).float()
+    v = unet(z, t * config.time_scale, *[y.mean((2, 3))] * config.pooled).float()
     if config.precondition:                                             # the U-Net adds to what z alone says
         t = t.view(-1, 1, 1, 1)
         v = v + (2 * t - 1) / (t ** 2 + (1 - t) ** 2) * z
