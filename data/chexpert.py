@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .splits import assign, balanced
-from .tables import Record, Table, missing_columns, read_columns, read_table
+from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
 from .types import DataError
 
 CLASSES = ["No Finding", "Pleural Effusion"]
@@ -179,11 +179,8 @@ def _records(part, path, rows, places, skip_bad, notes):
             missing.append(row.file)
     if not there:
         notes.append(f"{path}: a table of {len(rows):,} {part} images, but none of the images")
-    elif missing:
-        what = f"{len(missing):,} of {len(rows):,} {part} images are missing, first: {missing[0]} of {path}"
-        if not skip_bad:
-            raise DataError(f"{what}; unpack all image archives, or leave these rows out with --skip-bad")
-        notes.append(f"{what}: left out")
+    else:
+        report_missing(missing, len(rows), part, path, skip_bad, notes)
     return there
 
 

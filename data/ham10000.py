@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .images import find_images
 from .splits import assign
-from .tables import Record, Table, missing_columns, read_columns, read_table
+from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
 from .types import DataError
 
 CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # ISIC's order of columns; Kaggle code often sorts them
@@ -174,11 +174,8 @@ def _records(part, rows, images, skip_bad, notes):
     missing = [i for i in rows if i not in images]
     if rows and not there:
         notes.append(f"a table of {len(rows):,} {part} images, but none of the images")
-    elif missing:
-        what = f"{len(missing):,} of {len(rows):,} {part} images are missing, first: {missing[0]}.jpg of {rows[missing[0]].table}"
-        if not skip_bad:
-            raise DataError(f"{what}; unpack all image archives, or leave these rows out with --skip-bad")
-        notes.append(f"{what}: left out")
+    else:
+        report_missing([f"{i}.jpg" for i in missing], len(rows), part, missing and rows[missing[0]].table, skip_bad, notes)
     return there
 
 

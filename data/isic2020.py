@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .images import find_images
 from .splits import assign, balanced
-from .tables import Record, Table, missing_columns, read_columns, read_table
+from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
 from .types import DataError
 
 CLASSES = ["benign", "melanoma"]
@@ -134,11 +134,7 @@ def _records(rows, images, skip_bad, notes, part="train"):
     missing = [i for i in rows if i not in images]
     if rows and not there:
         raise DataError(f"{next(iter(rows.values())).table}: a table, but none of its {len(rows):,} images (.jpg or .png, not .dcm); {EXPECTED}")
-    if missing:
-        what = f"{len(missing):,} of {len(rows):,} {part} images are missing, first: {missing[0]}.jpg of {rows[missing[0]].table}"
-        if not skip_bad:
-            raise DataError(f"{what}; unpack all image archives, or leave these rows out with --skip-bad")
-        notes.append(f"{what}: left out")
+    report_missing([f"{i}.jpg" for i in missing], len(rows), part, missing and rows[missing[0]].table, skip_bad, notes)
     return there
 
 

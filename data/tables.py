@@ -68,6 +68,15 @@ def _lines(path, header_only=False):
     return lines
 
 
+def report_missing(missing, total, part, table, skip_bad, notes):
+    """Images of a part of a table that are not there, some but not all: DataError, or with skip_bad a note."""
+    if missing:
+        what = f"{len(missing):,} of {total:,} {part} images are missing, first: {missing[0]} of {table}"
+        if not skip_bad:
+            raise DataError(f"{what}; unpack all image archives, or leave these rows out with --skip-bad")
+        notes.append(f"{what}: left out")
+
+
 def missing_columns(path, columns, needed):
     """The line for a table without its columns."""
     shown = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +21,7 @@ from common.schedules import alpha_sigma, shifted_cosine, shifted_cosine_slope
 from common.wavelet import haar, unhaar
 from data import DataSet, Split, load_for
 from diffclassifier import Config, configure, count_votes, rules, survivors
+from tests.loading import opened
 from tests.test_run import processes
 from tests.test_symmflow import autoencoder
 
@@ -605,16 +605,6 @@ def command(name, folder, *more):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(run.score, "__defaults__", (None, 5))
         return diffclassifier.main([name, "--checkpoint", str(folder / "best.pt"), *map(str, more)])
-
-
-def opened(folder):
-    """Pictures below a folder, decoded: {path: size}."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*.png")):
-        with Image.open(path) as image:
-            image.load()
-            found[str(path.relative_to(folder))] = image.size
-    return found
 
 
 def test_a_run_writes_its_numbers_and_pictures(toy_run):

@@ -7,6 +7,7 @@ from PIL import Image
 
 import data
 from data import DataError, folder
+from tests.loading import noted, sizes
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "folder_per_class_nih1000"
 RNG = np.random.default_rng(0)
@@ -39,14 +40,6 @@ def refusal(root, **options):
     line = str(caught.value)
     assert str(root) in line and "\n" not in line
     return line
-
-
-def sizes(found):
-    return tuple(len(s) for s in (found.train, found.val, found.test))
-
-
-def noted(found, words):
-    return any(words in note for note in found.notes)
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "VAL"])

@@ -1,4 +1,5 @@
 """HAM10000 in both layouts and every header met in the wild; the official test set wherever it lies."""
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image
 
 import data
 from data import DataError, ham10000
+from tests.loading import noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FULL = SHARED / "csv_full" / "HAM10000_metadata.csv"
@@ -70,19 +72,7 @@ def load(root, **options):
     return data.load("ham10000", root, size=8, **options)
 
 
-def sizes(found):
-    return tuple(len(s) for s in (found.train, found.val, found.test))
-
-
-def noted(found, words):
-    return any(words in note for note in found.notes)
-
-
-def refusal(root, **options):
-    with pytest.raises(DataError) as caught:
-        load(root, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = functools.partial(refused, load)
 
 
 # ------------------------------------------------------------------------------------------------ layouts

@@ -1,4 +1,5 @@
 """ISIC 2020 in both layouts: melanoma against benign, a patient on one side, duplicates out, the unlabelled test set ignored."""
+import functools
 import re
 import shutil
 from collections import Counter
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataError, isic2020
+from data import isic2020
+from tests.loading import apart, noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = SHARED / "csv_samples"
@@ -78,24 +80,7 @@ def load(root, **options):
     return data.load("isic2020", root, size=8, **options)
 
 
-def sizes(found):
-    return tuple(len(s) for s in (found.train, found.val, found.test))
-
-
-def noted(found, words):
-    return any(words in note for note in found.notes)
-
-
-def refusal(root, **options):
-    with pytest.raises(DataError) as caught:
-        load(root, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def apart(found):
-    train, val, test = (set(s.groups) for s in (found.train, found.val, found.test))
-    return not train & val and not train & test and not val & test
+refusal = functools.partial(refused, load)
 
 
 # ------------------------------------------------------------------------------------------------ layouts and splits

@@ -12,6 +12,7 @@ from PIL import Image
 import data
 from data import DataError, medmnist
 from data.__main__ import main
+from tests.loading import noted
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "medmnist"
 RETINA, PNEUMONIA = REAL / "retinamnist.npz", REAL / "pneumoniamnist_reassembled_NOT_OFFICIAL_MD5.npz"
@@ -56,10 +57,6 @@ def refusal(root, name="bloodmnist", **options):
 
 def parts(found):
     return {"train": found.train, "val": found.val, "test": found.test}
-
-
-def noted(found, words):
-    return any(words in note for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------------------ what is loaded

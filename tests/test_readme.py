@@ -105,6 +105,18 @@ def test_one_hot_codes_set_the_right_images_aside():
     assert (np.maximum.accumulate(curves) - curves <= noise + 1e-9).all()
 
 
+def test_the_flow_beside_its_controls_is_as_the_readme_says():
+    records = claims.records("symmflow-toy")
+    for sentence, of in ((r"Behind the plain ResNet in each seed, by (.+?);", lambda r: r["baselines"]["resnet"]), (r"Bayes optimum it is (.+?) away", lambda r: r["bayes"])):
+        said = [float(x) for x in re.search(sentence, README)[1].split(", ")]
+        assert said == pytest.approx([of(r)["accuracy"] - r["test"]["accuracy"] for r in records], abs=5.1e-4)
+    assert f"macro F1 of {min(r['test']['f1_macro'] for r in records):.3f} only" in README
+    curves = [np.mean([[a for _, a in r["accuracy_by_coverage"][model]] for r in records], 0) for model in ("resnet", "symmflow")]
+    assert (curves[0] >= curves[1]).all()
+    failed, = (r for r in claims.records("symmflow-retinamnist-small") if r["selected_epoch"] == 1)
+    assert failed["test"]["accuracy"] == pytest.approx(failed["baselines"]["majority"]["accuracy"])
+
+
 def test_on_retinamnist_three_seeds_have_48_percent_on_average():
     records = claims.records("symmflow-retinamnist-small")
     assert len(records) == 3 and np.mean([r["test"]["accuracy"] for r in records]) >= .48

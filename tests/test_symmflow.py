@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import symmflow
@@ -29,6 +27,7 @@ from common.autoencoder import AutoencoderKL
 from data import Batches, DataSet, Split, load_for, toy
 from data.batches import Batch, augment, draw_changes
 from symmflow import Config, configure
+from tests.loading import opened
 from tests.test_medmnist import write as write_medmnist
 from tests.test_run import processes
 
@@ -1213,16 +1212,6 @@ def toy_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "toy"
     assert go(folder) == 0
     return folder
-
-
-def opened(folder):
-    """Pictures below a folder, decoded: {path: size}."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*.png")):
-        with Image.open(path) as image:
-            image.load()
-            found[str(path.relative_to(folder))] = image.size
-    return found
 
 
 def command(name, folder, *more):

@@ -1,0 +1,38 @@
+"""What the tests of the loaders and of the methods share."""
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import DataError
+
+
+def sizes(found):
+    return tuple(len(s) for s in (found.train, found.val, found.test))
+
+
+def noted(found, words):
+    return any(words in note for note in found.notes)
+
+
+def apart(found):
+    train, val, test = (set(s.groups) for s in (found.train, found.val, found.test))
+    return not train & val and not train & test and not val & test
+
+
+def refused(load, root, **options):
+    """The one line with which a loader refuses."""
+    with pytest.raises(DataError) as caught:
+        load(root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def opened(folder):
+    """Pictures below a folder, decoded: {path: size}."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.png")):
+        with Image.open(path) as image:
+            image.load()
+            found[str(path.relative_to(folder))] = image.size
+    return found
