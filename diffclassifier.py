@@ -14,7 +14,7 @@ time the class with the least error has a vote. Classes share the noise, so that
 M images, N noise levels an image, K classes; all rules read one array of float32 errors, (M, N, K). `survivors` stops early.
 
     python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
-    python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU
+    python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU; its other network: --backbone dit
     python diffclassifier.py eval --checkpoint RUN/best.pt --rule majority --stop 1e-3
     python diffclassifier.py predict --checkpoint RUN/best.pt a.jpg folder/
     python diffclassifier.py explain --checkpoint RUN/best.pt a.jpg
@@ -22,12 +22,12 @@ M images, N noise levels an image, K classes; all rules read one array of float3
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
- 2. Class: added to the time embedding. Their cross-attention to a single token is such an addition. One null token, in the EMA.
- 3. Vote ties go to the class of the lower mean error, not to the first. Errors are summed in float32, always.
+ 2. Class: added to the time embedding, as their cross-attention to one token does. One table of classes, one null token, one dropout, in the EMA;
+    their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
+ 3. Vote ties go to the class of the lower mean error, not to the first; an eliminated class cannot win, theirs can. Errors are summed in float32.
  4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, visited in random order, as the stop rules need).
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
- 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: wavelets are halved, which is the rest of the shift. Theirs
-    shifts by 256 as well. An eliminated class keeps its votes but cannot win; theirs can.
+ 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -46,12 +46,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.autoencoder import Codec
+from common.dit import DiT
 from common.resnet import ResNet
 from common.schedules import alpha_sigma, logsnr_step, shifted_cosine, shifted_cosine_slope
 from common.unet import UNet
 from common.votes import BUCKETS, below_half, bucket_differences, fit, mean_errors, mean_scores, overtaken, paired_p
 from common.wavelet import haar, unhaar
-from data import Batches, DataError, load_for, read_split
+from data import Batches, DataError, load_for, read_split, shortcut
 
 METHOD = "diffclassifier"
 
@@ -95,11 +96,15 @@ class Config:
     output: str = ""  # the run's folder; none: the next free runs/METHOD-DATA-SCALE-RECIPE-sSEED
     # --- method ---
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
+    backbone: Literal["unet", "dit"] = "unet"  # what denoises: a U-Net, or a DiT (512 epochs, at scale paper)
     channels: int = 128  # [8..] of the U-Net's first level
     mult: str = "1,1,2,4,8"  # channels of each level, in multiples
     blocks: int = 2  # [1..] residual blocks a level
     attention: str = "8"  # downsampling factors at which there is attention
     head_channels: int = 64  # [1..] of an attention head
+    patch: int = 4  # [1..] of the DiT: side of the square that is a token
+    dim: int = 768  # [4..] of the DiT: entries of a token
+    depth: int = 12  # [1..] of the DiT: blocks
     late_class: bool = False  # the class enters the U-Net's decoder alone, so that one encoding serves all classes
     wavelet: bool = True  # the network sees one level of Haar wavelets: half the sides, four times the channels; not of latents
     autoencoder: str = ""  # diffuse an autoencoder's latents: its file, latent-diffusion's keys or diffusers', or a Mediffusion run's autoencoder.pt
@@ -123,18 +128,19 @@ class Config:
 
 
 SMALL = dict(size=64, epochs=12, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1,
-             wavelet=False, votes=51, judged=250, time_scale=20.)
+             dim=128, depth=6, wavelet=False, votes=51, judged=250, time_scale=20.)
+DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
 PLUS = dict(rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
-KINDS = ("votes", "variance", "posterior", "entropy")                   # of uncertainty
 PANELS = [("Losses", "loss", ["diffusion", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
 
 
 def configure(**given):
     """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
-    return run.configure(Config, given, SMALL, PLUS, BY_DATA)
+    config = run.configure(Config, given, SMALL, PLUS, BY_DATA)
+    return run.configure(Config, DIT | given, SMALL, PLUS, BY_DATA) if (config.backbone, config.scale) == ("dit", "paper") else config
 
 
 # ============================================================================= 4 the method
@@ -181,8 +187,7 @@ def train_step(nets, ema, config, batch, joint):
         losses["resnet"] = F.cross_entropy(nets.resnet(batch.x), batch.y)
     if joint:
         losses |= loss(nets, config, nets.encode(batch.x, batch), batch.y)
-    losses["loss"] = sum(losses[k] for k in ("resnet", "diffusion") if k in losses)
-    return losses
+    return losses | {"loss": sum(losses[k] for k in ("resnet", "diffusion") if k in losses)}
 
 
 def times(config, name):
@@ -237,10 +242,8 @@ def survivors(error, classes, config):
         best = classes[mean.argmin()]
         return np.array([k for k in classes if n < 20 or k == best or paired_p(error[:, k] - error[:, best]) > 2e-3])
     leader, *others = np.argsort(-votes, kind="stable")
-    if config.stop == "exact":
-        over = votes[leader] - votes[others[0]] > left
-    else:
-        over = sum(overtaken(int(votes[leader]), int(votes[k]), left) for k in others) < float(config.stop)
+    over = votes[leader] - votes[others[0]] > left if config.stop == "exact" else \
+        sum(overtaken(int(votes[leader]), int(votes[k]), left) for k in others) < float(config.stop)
     return np.array([leader]) if over else classes
 
 
@@ -286,24 +289,27 @@ class Networks(nn.Module):
         self.codec = Codec(config.autoencoder) if config.autoencoder else None
         self.wavelet, self.bound = config.wavelet and not self.codec, 5. if self.codec else 1.    # bound: of what is seen, for `draw`
         shrink = self.codec.net.multiple if self.codec else 1 + self.wavelet
-        self.shape = (self.codec.latent if self.codec else channels * shrink ** 2, config.size // shrink, config.size // shrink)    # of what is seen
+        C, side = self.codec.latent if self.codec else channels * shrink ** 2, config.size // shrink
+        self.shape = (C, side, side)                                     # of what is seen
         mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
-        self.multiple = 2 ** (len(mult) - 1) * shrink                    # of which the sides of an image must be
-        self.unet = UNet(self.shape[0], self.shape[0], config.channels, mult, config.blocks, attention, config.head_channels, classes + 1,
-                         late_class=config.late_class)
-        self.register_buffer("weight", torch.zeros(BUCKETS))                            # of the learned rule, fitted on validation
-        self.register_buffer("bias", torch.zeros(classes))
-        self.register_buffer("temperature", torch.ones(4))               # of each rule
-        self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))
-        self.register_buffer("codec_id", torch.tensor(self.codec.id if self.codec else 0))
+        multiple, self.late_class = (2 ** (len(mult) - 1) if config.backbone == "unet" else config.patch) * shrink, config.late_class
+        if (low := config.size // multiple * multiple) != config.size:
+            raise run.UserError(f"--size {config.size}: must be a multiple of {multiple}; take {f'{low} or ' * (low > 0)}{low + multiple}")
+        if config.backbone == "unet":
+            self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class)
+        else:
+            self.denoiser = DiT(C, C, side, config.patch, config.dim, config.depth, max(1, config.dim // config.head_channels), classes + 1)
+        buffers = dict(weight=torch.zeros(BUCKETS), bias=torch.zeros(classes), temperature=torch.ones(4),     # of the learned rule; of each rule
+                       latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
 
     def denoise(self, z, l, c, row=None):
-        """The U-Net's prediction for z (B, C, H, W), log-SNR l (B,) and class c (B,); given row, for pairs of a row (T,) of z, l and a class c (T,).
-        With late_class a row is encoded once, whatever the number of its classes."""
+        """The prediction for z (B, C, H, W), log-SNR l (B,), class c (B,); given row, for pairs of a row (T,) of z and l, encoded once if late, and c (T,)."""
         t = l * self.time_scale
         if row is None:
-            return self.unet(z, t, c)
-        return self.unet.decode([f[row] for f in self.unet.encode(z, t)], t[row], c) if self.unet.late_class else self.unet(z[row], t[row], c)
+            return self.denoiser(z, t, c)
+        return self.denoiser.decode([f[row] for f in self.denoiser.encode(z, t)], t[row], c) if self.late_class else self.denoiser(z[row], t[row], c)
 
     @torch.no_grad()
     def encode(self, x, batch=None):
@@ -331,6 +337,8 @@ def build(config, facts):
         raise run.UserError(f"--pretrain-epochs {config.pretrain_epochs} --no-baseline: there is no plain ResNet to train before the diffusion; leave one out")
     if len(facts["classes"]) == 2 and config.votes % 2 == 0:
         raise run.UserError(f"--votes {config.votes}: two classes could draw; take an odd number, such as {config.votes + 1}")
+    if config.late_class and config.backbone == "dit":
+        raise run.UserError("--backbone dit --late-class: a DiT has no decoder that the class could enter alone; leave one out")
     number, pair = r"0?\.\d*[1-9]\d*|[1-9](\.\d+)?e-\d+", r"[1-9]\d*:[1-9]\d*"
     if not re.fullmatch(f"none|exact|ttest|{number}|{pair}(,{pair})*", config.stop):
         raise run.UserError(f"--stop {config.stop}: take none, exact, a probability such as 1e-3, ttest, or stages such as 10:3,50:1")
@@ -340,13 +348,10 @@ def build(config, facts):
     try:
         nets = Networks(config, facts["channels"], len(facts["classes"]))
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
-        raise run.UserError(f"--mult {config.mult} --attention {config.attention} --channels {config.channels} --head-channels {config.head_channels}: "
-                            f"no network can be made of these ({fault})") from None
+        said = " ".join(f"--{k} {getattr(config, k)}" for k in (("mult", "attention", "channels") if config.backbone == "unet" else ("patch", "dim", "depth")))
+        raise run.UserError(f"{said} --head-channels {config.head_channels}: no network can be made of these ({fault})") from None
     if nets.codec and nets.codec.channels == 1 and facts["channels"] == 3:
         raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images need one of colour images")
-    if config.size % nets.multiple:
-        low = config.size // nets.multiple * nets.multiple
-        raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
     return nets
 
 
@@ -361,12 +366,12 @@ def initialise(nets, data, config):
         some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
         nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
     if config.init:
-        run.load_init(nets, config.init, METHOD)
+        run.load_init(nets, config.init, METHOD, backbone=config.backbone)
 
 
 def parameter_groups(nets, config):
     """AdamW's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
-    groups = {"resnet": nets.resnet, "diffusion": nets.unet}
+    groups = {"resnet": nets.resnet, "diffusion": nets.denoiser}
     return [dict(name=name, params=list(net.parameters()), lr=config.lr, peak=config.lr, clip=config.clip, weight_decay=0.) for name, net in groups.items() if net]
 
 
@@ -565,7 +570,7 @@ def train(config, resume=None):
     state.write_best(best, out / "best.pt")
     specific = measure(state.ema, data, config, device, out / "figures")
     predictions, uncertainty = evaluate(state.ema, data.test, config, device)
-    result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
+    result = run.score(data.test, predictions | shortcut(data), uncertainty[config.uncertainty], data.train.labels)
     run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
     return run.report(state, out, result, specific, device)             # last: a run with metrics.json is finished
 

@@ -205,7 +205,7 @@ def evaluate_command(method, checkpoint, output="", **given):
     config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
     data = method.load_for(config, facts)
     predictions, uncertainty = method.evaluate(nets, data.test, config, device)
-    result = score(data.test, predictions, uncertainty[config.uncertainty])
+    result = score(data.test, predictions | method.shortcut(data), uncertainty[config.uncertainty])
     out = result_folder(output, checkpoint, "eval", config)
     write_evaluation(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
     write(out / "metrics.json", as_json(result, indent=1))
@@ -484,8 +484,8 @@ def to_explain(method, config, facts, paths, limit):
         raise UserError(f"--limit {limit}: 0 or more")
     limit = limit or (sys.maxsize if paths else 8)
     split, problems = method.read_split(paths, config, facts) if paths else (method.load_for(dataclasses.replace(config, limit=limit), facts).test, [])
-    return dataclasses.replace(split, images=split.images[:limit], labels=split.labels[:limit],
-                               ids=[Path(name).stem if paths else name for name in split.ids[:limit]]), problems
+    kept = split.take(range(len(split))[:limit])
+    return dataclasses.replace(kept, ids=[Path(name).stem if paths else name for name in kept.ids]), problems
 
 
 def class_number(label, classes):
@@ -760,12 +760,17 @@ def load_pretrained(net, path):
         raise UserError(f"--pretrained {path}: {fault}; needed: torchvision's ResNet-{net.depth} weights, --size 100 or more") from None
 
 
-def load_init(nets, path, method):
-    """Starts from the EMA weights of another run of this method; layers that do not fit (other classes) keep their own."""
+def load_init(nets, path, method, **same):
+    """Starts from the EMA weights of another run of this method, whose settings must have the values `same`; layers that do not fit (other classes)
+    keep their own."""
     try:
-        given, own = load_checkpoint(path, method)["ema"], nets.state_dict()
+        content, own = load_checkpoint(path, method), nets.state_dict()
     except UserError as fault:
         raise UserError(f"--init {fault}") from None
+    for name, value in same.items():
+        if (theirs := content["config"].get(name, value)) != value:
+            raise UserError(f"--init {path}: is of a run with --{name} {theirs}, this one has --{name} {value}; add --{name} {theirs}, or name another")
+    given = content["ema"]
     # weights and batch norms; not what was fitted to the other run, such as its temperature
     learnt = {name for name, _ in nets.named_parameters()} | {k for k in own if "running_" in k or k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in given.items() if k in learnt and own[k].shape == v.shape}

@@ -6,9 +6,10 @@ import numpy as np
 from . import cache, chexpert, folder, ham10000, isic2020, medmnist, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
+from .shortcut import columns, shortcut, telling
 from .types import DataError, DataSet, Split
 
-__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split"]
+__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "shortcut"]
 LOADERS = {"ham10000": ham10000.table, "isic2020": isic2020.table, "chexpert": chexpert.table, "folder": folder.table}
 NAMES = ("toy", *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
@@ -98,7 +99,7 @@ def _limited(records, limit, seed):
 
 def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_only):
     """Records -> DataSet: pictures from the cache, without those that cannot be read or that are on two sides."""
-    images, hashes, bad, notes = cache.load([r.path for r in records], size, channels, fit, name)
+    images, hashes, bad, sizes, notes = cache.load([r.path for r in records], size, channels, fit, name)
     notes = table.notes + notes
     if bad:
         line = too_many_bad(list(bad.values()), len(records))
@@ -113,18 +114,21 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
             notes.append(f"{len(rows):,} {part} images dropped: pixel for pixel the same as one in {of}")
     for row in (*bad, *twice[0], *twice[1]):
         sides[row] = None
-    parts = {}
+    parts, source = {}, columns(records, sizes)
     for part in ("test",) if test_only else splits.SPLITS:
         rows = np.flatnonzero([side == part for side in sides])
         if not len(rows):
             raise DataError(f"{root}: no {part} images are left; check the folder, --split and --limit")
         inside = [records[row] for row in rows]
-        known = any(r.group for r in inside)
+        grouped = any(r.group for r in inside)
         piece = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows     # a view, if nothing was dropped
         parts[part] = Split(images[piece], np.array([r.label for r in inside], np.int64), [r.id for r in inside],
-                            [r.group or r.id for r in inside] if known else None)
+                            [r.group or r.id for r in inside] if grouped else None,
+                            source={name: column[rows] for name, column in source.items()})
     if not test_only and len(np.unique(parts["train"].labels)) < 2:
         raise DataError(f"{root}: the training images are all of one class; check the folder and its table")
+    if seen := [] if test_only else telling(parts["train"], parts["test"]):
+        notes.append(f"the row `shortcut` of the last table: a rule that sees, instead of the pixels, {', '.join(seen)}")
     return DataSet(parts.get("train"), parts.get("val"), parts["test"], table.classes, False, channels, notes, name)
 
 

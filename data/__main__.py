@@ -5,6 +5,7 @@ import sys
 import numpy as np
 
 from . import FITS, NAMES, SPLIT_RULES, DataError, load
+from .shortcut import by_column
 
 
 def main(argv=None):
@@ -33,6 +34,9 @@ def main(argv=None):
     print(f"{'all':>{wide}}" + "".join(f"{len(split):12,}" for split in parts.values()))
     for note in found.notes:
         print(f"- {note}")
+    if rows := by_column(found):
+        print("what can be told without the pixels: accuracy on validation, log loss explained (below 0: misled)")
+        print(*(f"{name:>{max(wide, 16)}}{right:12.3f}{explained:12.1%}" for name, right, explained in rows), sep="\n")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Decode once: every picture of a data set in one uint8 memory map under data/raw/cache, which later runs open in a moment.
 
     NAME-SIZEpx-KEY.npy     uint8 (N, C, size, size)
-    NAME-SIZEpx-KEY.json    its checksum, a hash of each image, and the rows that could not be read (zeros in the array)
+    NAME-SIZEpx-KEY.json    its checksum, of each image a hash and the size of its file's picture, and the rows that could not be read
+                            (zeros in the array)
 
 KEY hashes the paths, sizes and times of the files, the options, and VERSION: a changed file is another key. The folder may be
 deleted at any time; the environment variable DIFFUSION_CLASSIFIERS_CACHE names another one.
@@ -34,7 +35,8 @@ def folder():
 
 
 def load(paths, size, channels, fit, name="images", workers=None):
-    """Files -> uint8 (N, channels, size, size) read-only memory map, N hashes, {row: why it cannot be read}, list of notes.
+    """Files -> uint8 (N, channels, size, size) read-only memory map, N hashes, {row: why it cannot be read}, N pairs of the width and
+    height in the file, list of notes.
 
     Decodes in threads: Pillow lets go of the GIL. Where the folder cannot be written, the array is held in memory.
     """
@@ -47,7 +49,7 @@ def load(paths, size, channels, fit, name="images", workers=None):
 def remember(name, shape, sources, options, fill, mended=lambda row: False):
     """What fill(keep) makes out of the files `sources`, or what it made in an earlier run; returned as by `load`.
 
-    fill calls keep(row, uint8 (C, size, size)) for each row in order, and returns N hashes and {row: why it cannot be read}.
+    fill calls keep(row, uint8 (C, size, size)) for each row in order, and returns N hashes, {row: why it cannot be read} and N sizes.
     mended(row): whether such a row can be read by now.
     """
     stem = folder() / f"{name}-{shape[-1]}px-{_key(sources, shape[-1], shape[1], options)}"
@@ -59,8 +61,7 @@ def remember(name, shape, sources, options, fill, mended=lambda row: False):
         note = (f"cache folder {folder()} cannot be written ({error.strerror or error}): images are held in memory "
                 "and decoded again in the next run")
     array = np.empty(shape, np.uint8)
-    hashes, bad = fill(array.__setitem__)
-    return array, hashes, bad, [note]
+    return array, *fill(array.__setitem__), [note]
 
 
 def _key(paths, size, channels, fit):
@@ -83,16 +84,17 @@ def _readable(path, size, channels, fit):
 
 
 def _open(stem, shape):
-    """(array, hashes, bad) of a cache that is whole, else None: it will be built again."""
+    """(array, hashes, bad, sizes) of a cache that is whole, else None: it will be built again."""
     try:
         facts = json.loads(stem.with_suffix(".json").read_text())
         array = np.lib.format.open_memmap(stem.with_suffix(".npy"), mode="r")
         hashes, bad = list(facts["hashes"]), {int(row): str(reason) for row, reason in facts["bad"].items()}
-        whole = array.shape == shape and array.dtype == np.uint8 and array.flags.c_contiguous and len(hashes) == len(array)
+        sizes = [(int(width), int(height)) for width, height in facts["sizes"]]
+        whole = array.shape == shape and array.dtype == np.uint8 and array.flags.c_contiguous and len(hashes) == len(sizes) == len(array)
         crc = 0
         for start in range(0, len(array) if whole else 0, 256):         # reads what the run will read anyway, 1 s a gigabyte
             crc = zlib.crc32(array[start:start + 256], crc)
-        return (array, hashes, bad) if whole and crc == facts["crc"] else None
+        return (array, hashes, bad, sizes) if whole and crc == facts["crc"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError):
         return None
 
@@ -110,10 +112,10 @@ def _build(stem, shape, fill):
             file.write(pixels)
             crc = zlib.crc32(pixels, crc)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        hashes, bad = fill(keep)
+        hashes, bad, sizes = fill(keep)
     with _replacing(stem.with_suffix(".json")) as file:
-        file.write(json.dumps({"crc": crc, "bad": bad, "hashes": hashes}).encode())
-    return np.lib.format.open_memmap(stem.with_suffix(".npy"), mode="r"), hashes, bad
+        file.write(json.dumps({"crc": crc, "bad": bad, "hashes": hashes, "sizes": sizes}).encode())
+    return np.lib.format.open_memmap(stem.with_suffix(".npy"), mode="r"), hashes, bad, sizes
 
 
 @contextmanager
@@ -131,25 +133,26 @@ def _replacing(path):
 
 
 def _decode_all(paths, shape, fit, workers, keep):
-    """Calls keep(row, uint8 (C, size, size)) in order, with zeros for what cannot be read; returns N hashes, {row: reason}."""
+    """Calls keep(row, uint8 (C, size, size)) in order, with zeros for what cannot be read; returns N hashes, {row: reason}, N sizes."""
     def decode(path):
         try:
-            pixels, reason = images.decode(path, shape[-1], shape[1], fit), None
+            (pixels, size), reason = images.decode(path, shape[-1], shape[1], fit), None
         except DataError as error:
-            pixels, reason = np.zeros(shape[1:], np.uint8), str(error)
-        return pixels, hashlib.blake2b(pixels, digest_size=16).hexdigest(), reason
-    hashes, bad = [], {}
+            pixels, size, reason = np.zeros(shape[1:], np.uint8), (0, 0), str(error)
+        return pixels, size, hashlib.blake2b(pixels, digest_size=16).hexdigest(), reason
+    hashes, bad, sizes = [], {}, []
     pool = ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             bar = tqdm(pool.map(decode, paths), "decoding", len(paths), file=sys.stderr, disable=len(paths) < 500,
                        mininterval=1, unit="image")
-            for row, (pixels, digest, reason) in enumerate(bar):
+            for row, (pixels, size, digest, reason) in enumerate(bar):
                 keep(row, pixels)
                 hashes.append(digest)
+                sizes.append(size)
                 if reason:
                     bad[row] = reason
     finally:
         pool.shutdown(cancel_futures=True)              # Ctrl-C waits for the pictures in hand, not for all
-    return hashes, bad
+    return hashes, bad, sizes

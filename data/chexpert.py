@@ -26,6 +26,7 @@ LISTS = {"train": ["chexpert-train.csv"], "val": ["chexpert-valid.csv"], "test":
 SIDES = ("train", "valid", "val", "test")
 IMAGE = re.compile(r"(?:^|/)(?:(train|valid|val|test)/)?(patient[0-9]+)/(study[0-9]+/view[0-9]+_[a-z]+)(\.(?i:jpe?g|png))$")
 VIEW = "study1/view1_frontal"
+SOURCE = ("sex", "age", "ap/pa")                        # for the control `shortcut`
 NEEDED = "Path,No Finding,Pleural Effusion"
 EXPECTED = ("expected train.csv with train/patient00001/study1/view1_frontal.jpg, valid.csv with valid/..., and perhaps test_labels.csv "
             "with test/...; download: stanfordmlgroup.github.io/competitions/chexpert (registration; research only)")
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     patient: str
     file: str                                           # below the folder of the patients
     side: str | None                                    # that folder's name, where the table tells it
+    source: dict = {}
 
 
 def table(root, split="official", test_only=False, skip_bad=False, classes=None):
@@ -114,7 +116,7 @@ def _find(folders, names):
 
 def _read(path, notes):
     """{id: Row} of the images that the rule takes; a note says what became of the others."""
-    columns, lines = read_table(path, ["path", "study", *COLUMNS])
+    columns, lines = read_table(path, ["path", "study", *COLUMNS, *SOURCE])
     key = "path" if "path" in columns else "study"                              # a table by study: its first frontal view
     if key not in columns or not set(COLUMNS) <= set(columns):
         raise DataError(missing_columns(path, columns, NEEDED))
@@ -137,7 +139,8 @@ def _read(path, notes):
         what = "uncertain" if -1 in values else "neither" if not any(values) else "both" if all(values) else CLASSES[int(values[1])]
         count[what] += 1
         if what in CLASSES:
-            rows[name] = Row(CLASSES.index(what), patient, name + suffix, side)
+            rows[name] = Row(CLASSES.index(what), patient, name + suffix, side,
+                             {column: cells[column] for column in SOURCE if column in cells} | {"patient number": patient[7:]})
     notes.append(f"{path.name}: {len(lines):,} rows, {len(seen):,} of them {VIEW}: " + ", ".join(f"{count[c]:,} {c}" for c in CLASSES)
                  + f"; left out: {count['uncertain']:,} uncertain (-1), {count['both']:,} with both, {count['neither']:,} with neither "
                    "(blank is 0)")
@@ -174,7 +177,7 @@ def _records(part, path, rows, places, skip_bad, notes):
     for name, row in rows.items():
         image = next((place / row.file for place in near[row.side] if (place / row.file).is_file()), None)
         if image:
-            there.append(Record(image, row.label, row.patient, name, part))
+            there.append(Record(image, row.label, row.patient, name, part, row.source))
         else:
             missing.append(row.file)
     if not there:

@@ -49,7 +49,8 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
     if len(classes) < 2:
         raise DataError(f"{root}: one class only ({_list(classes)}); {EXPECTED}; is --root one folder too high or too low?")
     group_of = _read_groups(root, [image for _, _, image in found], notes)
-    records = [Record(image, classes.index(name), group_of.get(image), image.relative_to(root).as_posix(), part)
+    records = [Record(image, classes.index(name), group_of.get(image), image.relative_to(root).as_posix(), part,
+                      {"folder": image.relative_to(given[part] / name).parent.as_posix()})
                for part, name, image in found]
     if test_only and set(given) == {"test"}:
         notes.append(f"test set: every image below {given['test']}")

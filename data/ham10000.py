@@ -16,6 +16,8 @@ CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # ISIC's
 FIRST_WORD = {"melanoma": "mel", "melanocytic": "nv", "nevus": "nv", "nevi": "nv", "basal": "bcc", "actinic": "akiec",
               "bowen": "akiec", "benign": "bkl", "dermatofibroma": "df", "vascular": "vasc"}      # of a name written out
 OFFICIAL_IDS = {"val": range(34321, 34524), "test": range(34524, 36065)}                          # ISIC_0034524 is a test image
+SOURCE = ("age", "sex", "localization", "dataset")      # for the control `shortcut`
+LEAK = {"dx_type", "diagnosis_confirm_type"}            # how the diagnosis was made, known only with it
 TABLE_NAME = re.compile("HAM10000_metadata|ISIC.?2018.*Ground.?Truth", re.I)
 NEEDED = "lesion_id,image_id,dx (Kaggle) or image,MEL,NV,BCC,AKIEC,BKL,DF,VASC (ISIC)"
 EXPECTED = ("expected HAM10000_metadata.csv with HAM10000_images_part_1/*.jpg and HAM10000_images_part_2/*.jpg (Kaggle), or "
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     lesion: str | None
     part: str                                           # "train", "val" or "test"
     table: Path
+    source: dict = {}
 
 
 def table(root, split="official", test_only=False, skip_bad=False, classes=None):
@@ -87,7 +90,7 @@ def _tables_in(folder, depth=2):
 
 def _read(files, root, notes):
     """{image id: Row} of all tables that have the columns of one; lesions from whichever table knows them."""
-    rows, lesions, repeated, moved = {}, {}, 0, 0
+    rows, lesions, sources, repeated, moved, leak = {}, {}, {}, 0, 0, set()
     for path in files:
         columns = set(read_columns(path))
         key = "image_id" if "image_id" in columns else "image"
@@ -96,10 +99,12 @@ def _read(files, root, notes):
             if TABLE_NAME.search(path.name):
                 raise DataError(missing_columns(path, read_columns(path), NEEDED))
             continue                                    # pixel tables and others that Kaggle adds
+        leak |= LEAK & columns
         for number, cells in read_table(path)[1]:
             name = _image_id(cells[key], path, number)
             if cells.get("lesion_id"):
                 lesions[name] = cells["lesion_id"]
+            sources[name] = sources.get(name, {}) | {column: cells[column] for column in SOURCE if cells.get(column)}
             if not labelled:
                 continue
             row = Row(_label(cells, path, number), None, _part(name, path.relative_to(root)), path)
@@ -113,9 +118,12 @@ def _read(files, root, notes):
             rows[name] = row
     if repeated:
         notes.append(f"{repeated:,} rows that repeat an image id were dropped")
+    warning = f"{' and '.join(sorted(leak))}: how the diagnosis was made, which leaks it (all that was followed up is nv): the control `shortcut` is not shown it"
+    if leak and warning not in notes:                   # a test set beside root is read apart
+        notes.append(warning)
     if moved:
         notes.append(f"{moved:,} images stand in the tables of two splits: taken as test, or else as validation")
-    return {name: row._replace(lesion=lesions.get(name)) for name, row in rows.items()}
+    return {name: row._replace(lesion=lesions.get(name), source=sources[name]) for name, row in rows.items()}
 
 
 def _image_id(text, path, number):
@@ -170,7 +178,7 @@ def _add_sibling_test_set(root, rows, images, notes):
 # ------------------------------------------------------------------------------------------------ images
 def _records(part, rows, images, skip_bad, notes):
     """A Record for each row of one part. None of its images there: an empty list. Some missing: DataError, or left out."""
-    there = [Record(images[i], row.label, row.lesion, i, part) for i, row in rows.items() if i in images]
+    there = [Record(images[i], row.label, row.lesion, i, part, row.source) for i, row in rows.items() if i in images]
     missing = [i for i in rows if i not in images]
     if rows and not there:
         notes.append(f"a table of {len(rows):,} {part} images, but none of the images")

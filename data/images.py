@@ -29,11 +29,12 @@ def read_image(path, size, channels, fit="crop"):
     """
     with warnings.catch_warnings():                     # Pillow warns of bombs and bad EXIF: we refuse or read, and say so once
         warnings.simplefilter("ignore")
-        return decode(follow(path), size, channels, fit)
+        return decode(follow(path), size, channels, fit)[0]
 
 
 def decode(path, size, channels, fit):
-    """read_image for threads: `catch_warnings` is not safe there, so the caller silences warnings around the whole pool."""
+    """read_image for threads, with the width and height of the picture in the file: (pixels, (width, height)). `catch_warnings` is not
+    safe there, so the caller silences warnings around the whole pool."""
     try:
         with open(path, "rb") as file:
             _refuse_what_is_no_image(path, file)
@@ -41,7 +42,7 @@ def decode(path, size, channels, fit):
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{width} x {height} pixels")
-                return _array(image, size, channels, fit)
+                return _array(image, size, channels, fit), (width, height)
     except DataError:
         raise
     except FileNotFoundError:

@@ -21,6 +21,7 @@ CLASSES = ["benign", "melanoma"]
 TABLE_NAME = re.compile(r"ISIC.?2020.*Ground.?Truth.*\.csv|train\.csv", re.I)
 PAIRS = ("image_name_1", "image_name_2")
 LISTS = {"train": "isic-train.csv", "val": "isic-valid.csv", "test": "isic-test.csv"}                         # as the paper's authors
+SOURCE = ("sex", "age_approx", "anatom_site_general_challenge")                       # for the control `shortcut`; diagnosis is the label
 NEEDED = "image_name,patient_id,target"
 EXPECTED = ("expected ISIC_2020_Training_GroundTruth.csv (or _v2) with train/*.jpg (ISIC), or train.csv with jpeg/train/*.jpg (Kaggle); "
             "download: challenge2020.isic-archive.com or kaggle.com/c/siim-isic-melanoma-classification; licence CC BY-NC 4.0")
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     label: int
     patient: str | None
     table: Path
+    source: dict = {}
 
 
 def table(root, split="official", test_only=False, skip_bad=False, classes=None):
@@ -77,8 +79,9 @@ def _read(files, notes):
             if TABLE_NAME.fullmatch(path.name):
                 raise DataError(missing_columns(path, read_columns(path), NEEDED))
             continue                                    # test.csv, sample_submission.csv and the like
-        for number, cells in read_table(path, NEEDED.split(","))[1]:
-            name, row = _image_id(cells["image_name"], path, number), Row(_label(cells, path, number), cells["patient_id"] or None, path)
+        for number, cells in read_table(path, [*NEEDED.split(","), *SOURCE])[1]:
+            name, source = _image_id(cells["image_name"], path, number), {column: cells[column] for column in SOURCE if column in cells}
+            row = Row(_label(cells, path, number), cells["patient_id"] or None, path, source)
             if (old := rows.get(name)) is not None:
                 if old.label != row.label:
                     raise DataError(f"{path}: line {number}: {name} is {CLASSES[row.label]} here and {CLASSES[old.label]} before "
@@ -130,7 +133,7 @@ def _without_duplicates(files, rows, notes):
 # ------------------------------------------------------------------------------------------------ images
 def _records(rows, images, skip_bad, notes, part="train"):
     """A Record for each row. None or some of its images missing: DataError, or the latter left out."""
-    there = [Record(images[i], row.label, row.patient, i, part) for i, row in rows.items() if i in images]
+    there = [Record(images[i], row.label, row.patient, i, part, row.source) for i, row in rows.items() if i in images]
     missing = [i for i in rows if i not in images]
     if rows and not there:
         raise DataError(f"{next(iter(rows.values())).table}: a table, but none of its {len(rows):,} images (.jpg or .png, not .dcm); {EXPECTED}")
@@ -142,7 +145,7 @@ def _listed(lists, rows, images, skip_bad, notes):
     """The records of the paper's own lists (image_name,target), some of whose images are of ISIC 2019."""
     notes.append(f"split paper: the authors' own lists, {', '.join(LISTS.values())}, by image; nearly all melanomas are of ISIC 2019 and "
                  "all benign images of 2020, so that the source alone tells the class (94 % of their test images)")
-    records, seen = [], {}
+    records, seen = [], {}                              # without the table's columns: it knows the images of 2020 alone
     for part, path in lists.items():
         columns, lines = read_table(path)
         if not {"image_name", "target"} <= set(columns):

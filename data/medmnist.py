@@ -88,7 +88,7 @@ def load(name, root=None, size=32, seed=0, split="official", limit=0, test_only=
         labels = {part: _labels(archive, name, part, array.shape[0]) for part, array in arrays.items()}
         rows = {part: _draw(labels[part], limit, [seed, splits.SPLITS.index(part)]) for part in arrays}
         ids = [f"{part}-{row:05d}" for part in rows for row in rows[part]]
-        images, hashes, _, troubles = cache.remember(name, (len(ids), channels, size, size), [path], ids,
+        images, hashes, *_, troubles = cache.remember(name, (len(ids), channels, size, size), [path], ids,
                                                      lambda keep: _decode(archive, arrays, rows, size, channels, keep))
     if side != size:
         notes.append("28 px padded to 32: two pixels more on each side, of the border's values" if (side, size) == (28, 32) else
@@ -253,7 +253,7 @@ def _rows(archive, array):
 
 
 def _decode(archive, arrays, rows, size, channels, keep):
-    """Calls keep(number, uint8 (C, size, size)) for the wanted rows of each part; returns a hash of each picture as it was, {}."""
+    """Calls keep(number, uint8 (C, size, size)) for the wanted rows of each part; returns of each picture as it was a hash, {}, and its size."""
     hashes = []
     with tqdm(total=sum(map(len, rows.values())), desc="decoding", file=sys.stderr, mininterval=1, delay=1, unit="image") as bar:
         for part, array in arrays.items():
@@ -266,7 +266,7 @@ def _decode(archive, arrays, rows, size, channels, keep):
                     hashes.append(hashlib.blake2b(pixels, digest_size=16).hexdigest())
                 bar.update(high - low)
                 first += len(block)
-    return hashes, {}
+    return hashes, {}, [array.shape[2:0:-1] for part, array in arrays.items() for _ in rows[part]]
 
 
 def fitted(pixels, size, channels):

@@ -13,6 +13,7 @@ class Record(NamedTuple):
     group: str | None                           # patient or lesion, None where it is not known
     id: str                                     # unique
     split: str                                  # "train", "val" or "test"
+    source: dict = {}                           # {column: cell} of the table that is neither label nor id; never changed in place
 
 
 @dataclass

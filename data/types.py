@@ -17,6 +17,7 @@ class Split:
     groups: list | None = None                  # patient or lesion of each image
     boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels
     posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
+    source: dict = field(default_factory=dict)  # {name: (N,)} of numbers or str: what is known besides the pixels: shortcut.py
 
     def __len__(self):
         return len(self.labels)
@@ -25,7 +26,7 @@ class Split:
         """The Split of these rows (n,)."""
         pick = lambda values: None if values is None else values[rows]
         return Split(self.images[rows], self.labels[rows], [self.ids[i] for i in rows], self.groups and [self.groups[i] for i in rows],
-                     pick(self.boxes), pick(self.posterior))
+                     pick(self.boxes), pick(self.posterior), {name: column[rows] for name, column in self.source.items()})
 
 
 @dataclass

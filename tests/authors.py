@@ -1,13 +1,14 @@
-"""DiffMIC and MedSymmFlow as their authors arrange them: slow, with their quirks, over the weights of our networks. For comparison only.
+"""DiffMIC, MedSymmFlow and the diffusion classifier as their authors arrange them, over the weights of our networks. For comparison only.
 
-Written from the fact sheets, papers/diffmic.md and symmflow.md, whose items the docstrings name; nobody's source was read or copied.
-tests/test_authors.py shows where the two arrangements agree to rounding, and where they must not. What they do once and for
-no result (a copy of all crops, 4.2.6) is left out, and positions reach the CPU once a forward: times err in their favour.
-DiffMIC's train in float32: no autocast in here. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
+Slow, with their quirks; written from the fact sheets, papers/diffmic.md, symmflow.md and diffclassifier.md, whose items the docstrings
+name; nobody's source was read or copied. tests/test_authors.py shows where the two arrangements agree to rounding, and where they must not.
+What they do once and for no result (a copy of all crops, 4.2.6) is left out, and positions reach the CPU once a forward: times err in
+their favour. DiffMIC's train in float32: no autocast in here. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
 """
 import torch
 import torch.nn.functional as F
 
+import diffclassifier
 import diffmic
 from common.mmd import mmd_rbf
 from common.schedules import ddpm_step, level, linear_alpha_bar
@@ -179,6 +180,21 @@ def unet(net, x, t):
         last = leave[-1]
         h = last(F.interpolate(h, scale_factor=2, mode="nearest")) if len(leave) == 2 else last(F.silu(norm32(leave[0], h)))
     return h
+
+
+# ============================================================================= diffusion classifier
+def reconstruction_errors(nets, config, x, t, eps):
+    """diffclassifier.md 1.2: errors (N, K) of one image x (1, C, H, W) at times t (N,) with noise eps (N, C, H, W): a loop over steps and
+    classes, one image in the network at a time. Their network predicts v."""
+    found = torch.empty(len(t), nets.classes)
+    for n, time in enumerate(t):
+        l = diffclassifier.logsnr(config, time[None], x.shape[-1])
+        a, s = (torch.sigmoid(sign * l).sqrt().view(1, 1, 1, 1) for sign in (1, -1))
+        z = a * x + s * eps[n]
+        for k in range(nets.classes):
+            v = nets.denoise(z, l, torch.tensor([k], device=x.device)).float()
+            found[n, k] = (s * z + a * v - eps[n]).square().sum()
+    return found
 
 
 # ============================================================================= MedSymmFlow's latent variant

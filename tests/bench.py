@@ -23,15 +23,18 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffclassifier
 import diffmic
 import symmflow
 from common.autoencoder import AutoencoderKL, Codec
 from common.unet import UNet
+from common.votes import overtaken
 from data import Batches, Split
 from data.batches import Batch
 from tests import authors
 
 RESULTS = Path(__file__).resolve().parent / "results"
+VOTES = RESULTS / "diffclassifier-votes.npz"                            # of 300 toy images: what `stops` reads
 
 
 class Setting:
@@ -58,6 +61,15 @@ class Setting:
         """The same of its latent variant, with the label map on the latent grid and an autoencoder of random weights."""
         config, nets = latent_flow(self.device, **dict(size=64, channels=8) if self.quick else {})
         return config, run.place(nets, self.device), *self.images(4 if self.quick else 64, config.size)
+
+    @functools.cached_property
+    def diffclassifier(self):
+        """(config, networks, Split) of the diffusion classifier's small networks: toy images of 32 x 32, 11 noise levels each."""
+        config = diffclassifier.configure(data="toy", baseline=False, device=str(self.device), **dict(votes=3, channels=8) if self.quick else dict(votes=11))
+        nets = self.made(diffclassifier, config, dict(channels=3, classes=list("ABCDE"), multilabel=False), 1, config.size)[1]
+        n = 4 if self.quick else 32
+        images = np.random.default_rng(0).integers(0, 256, (n, 3, config.size, config.size), np.uint8)
+        return config, nets.eval(), Split(images, np.zeros(n, np.int64), [str(i) for i in range(n)])
 
     def made(self, method, config, facts, n, size):
         torch.manual_seed(0)
@@ -192,6 +204,50 @@ def unet_pass(s, training):
     return s.both(lambda: work(nets.unet), lambda: work(lambda *given: authors.unet(nets.unet, *given)), 9)
 
 
+def votes_of_images(s):
+    """The diffusion classifier's errors of 32 images at 11 noise levels, as each of 5 classes; theirs of a few of them, scaled to 32."""
+    config, nets, split = s.diffclassifier
+    few = max(1, len(split) // 8)
+
+    @torch.no_grad()
+    def theirs():
+        for image in split.images[:few]:
+            eps = torch.randn(config.votes, *nets.shape, device=s.device)
+            authors.reconstruction_errors(nets, config, diffclassifier.seen(nets, image, s.device), torch.rand(config.votes, device=s.device), eps)
+    ours, each = s.both(lambda: diffclassifier.judge(nets, config, split, s.device), theirs, 3)
+    return ours, each * len(split) / few
+
+
+def settled_after(votes, K, stop):
+    """Levels after which `stop` ends an image's votes (N,), and the class that is ahead there: what `survivors` of diffclassifier.py does, of all
+    levels at once."""
+    N = len(votes)
+    counts = np.cumsum(np.eye(K, dtype=int)[votes], 0)                  # (N, K) after 1 .. N levels
+    order = np.argsort(-counts, 1, kind="stable")
+    ranked = np.take_along_axis(counts, order, 1)
+    for n in range(1, N):
+        a, *others = ranked[n - 1].tolist()
+        over = a - others[0] > N - n if stop == "exact" else sum(overtaken(a, b, N - n) for b in others) < float(stop)
+        if over:
+            return n, order[n - 1, 0]
+    return N, order[-1, 0]
+
+
+def stops(s, stop):
+    """Network calls an image until the vote of N = 501 levels is settled, and in how many cases with the label of them all: votes of 300 toy
+    images, kept by `python -m tests.claims`, in 100 random orders."""
+    with np.load(VOTES) as file:
+        votes, K = file["votes"], int(file["classes"])
+    rng, found = np.random.default_rng(0), []
+    for image in votes[:20] if s.quick else votes:
+        whole = np.argsort(-np.bincount(image, minlength=K), kind="stable")[0]
+        for _ in range(2 if s.quick else 100):
+            n, label = settled_after(rng.permutation(image), K, stop)
+            found.append((n, label == whole))
+    calls, same = np.mean(found, 0)
+    return K * calls, K * votes.shape[1], {"same_label": same}
+
+
 class NoFile(Codec):
     """An autoencoder of the paper's size with random weights, in place of one from a file."""
 
@@ -231,6 +287,9 @@ ROWS = {                                                                # name: 
     "unet": (lambda s: unet_pass(s, False), "MedSymmFlow: U-Net, 64 channels, 64 images of 32 px", 1, "s"),
     "unet, training": (lambda s: unet_pass(s, True), "MedSymmFlow: the same, forward and backward", 1, "s"),
     "multiply-adds": (multiply_adds, "MedSymmFlow: multiply-adds of one latent classification, 256 px", 5, "G"),
+    "votes": (votes_of_images, "diffusion classifier: errors of 32 toy images, 11 noise levels, 5 classes", 2, "s"),
+    "stop 1e-3": (lambda s: stops(s, "1e-3"), "diffusion classifier: network calls an image, `--stop 1e-3`", 4, "calls"),
+    "stop exact": (lambda s: stops(s, "exact"), "diffusion classifier: network calls an image, `--stop exact`", None, "calls"),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),
     "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4, "s"),
 }
@@ -306,7 +365,8 @@ def table(record):
     lines = [f"| {record['machine']}, {record['dtype']} | ours | the authors' arrangement | ratio | aim |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
         _, what, aim, unit = ROWS[name]
-        lines.append(f"| {what} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
+        same = f", {100 * row['same_label']:.2f} % the same label" if "same_label" in row else ""
+        lines.append(f"| {what}{same} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
                      + (f"{aim:.1f} |" if aim else "|"))
     return "\n".join(lines)
 
@@ -334,8 +394,8 @@ def main(argv=None):
             record[name] = full_size(s, FULL_SIZE[name])
             print(name, json.dumps(record[name], indent=1), flush=True)
             continue
-        ours, theirs = ROWS[name][0](s)
-        record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()}
+        ours, theirs, *more = ROWS[name][0](s)
+        record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()} | (more[0] if more else {})
         print(f"{name:18} ours {ours:9.4f} {ROWS[name][3]}   theirs {theirs:9.4f} {ROWS[name][3]}   ratio {theirs / ours:6.2f}", flush=True)
     if args.write:
         path.write_text(json.dumps(record, indent=1))

@@ -35,6 +35,10 @@ CELLS |= {
     "symmflow-retinamnist-small": ("symmflow", dict(data="retinamnist", scale="small"), (0, 1, 2)),
     "symmflow-retinamnist-small-paper": ("symmflow", dict(data="retinamnist", scale="small", recipe="paper"), (0,)),
 }
+CELLS |= {
+    "diffclassifier-toy": ("diffclassifier", dict(data="toy"), (0, 1, 2)),
+    "diffclassifier-toy-paper": ("diffclassifier", dict(data="toy", recipe="paper"), (0,)),
+}
 IDEAS = {                                                               # of a method: one field of recipe plus changed at a time
     "diffmic": {"eps": dict(target="eps"), "uniform": dict(roi_weight="uniform"), "deep": dict(deep_supervision=False),
                 "constant": dict(guide_schedule="constant"), "uncalibrated": dict(calibrate=False), "roi": dict(roi_size=8),
@@ -42,8 +46,10 @@ IDEAS = {                                                               # of a m
     "symmflow": {"rgb": dict(codes="rgb"), "simplex": dict(codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
                  "velocity": dict(label_loss="velocity"), "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False),
                  "apart": dict(pooled=False), "balanced": dict(balanced=True)},
+    "diffclassifier": {"independent": dict(stratified=False), "late": dict(late_class=True), "band": dict(loss_weight="band"),
+                       "min-snr": dict(loss_weight="min-snr"), "balanced": dict(balanced=True)},
 }
-BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}}              # DiffMIC's were measured before prior dropout was found to help
+BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}, "diffclassifier": {}}              # DiffMIC's were measured before prior dropout was found to help
 CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items() if base}
 CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
@@ -68,6 +74,8 @@ def run(name, seed, root=None):
             rows = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
             best = rows[result["selected_epoch"] - 1]
             result |= {"guide_in_training": best["guide_accuracy"], "val_guide_accuracy": best["val_guide_accuracy"]}
+        if method == "diffclassifier" and settings["data"] == "toy":
+            result["evidence"] = evidence(Path(folder) / "run" / "best.pt")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps({"command": command(name, seed)} | result, indent=1))
 
@@ -88,6 +96,22 @@ def regions(checkpoint):
     return {name: {k: float(v[rows].mean()) for k, v in shares.items()} for name, rows in of.items()}
 
 
+def evidence(checkpoint, n=100):
+    """Of the diffusion classifier's evidence for the class predicted against the second, on n validation images: the share that lies in the
+    lesion's box, of the positive part and of its square, beside the box's share of the area; means over the images."""
+    diffclassifier = importlib.import_module("diffclassifier")
+    config, nets, facts, device = running.load_model(checkpoint, "diffclassifier", diffclassifier.Config, diffclassifier.build, dict(judged=n, stop="none"))
+    val, found = load_for(config).val, []
+    p = next(iter(diffclassifier.evaluate(nets, val, config, device)[0].values()))
+    with torch.no_grad():
+        for image, name, (x0, y0, x1, y1), order in zip(val.images, val.ids, val.boxes.round().astype(int), np.argsort(-p, 1)):
+            heat = diffclassifier.evidence(nets, config, diffclassifier.seen(nets, image, device), name, order[0], order[1]).clip(0)
+            inside = np.zeros(heat.shape, bool)
+            inside[y0:y1, x0:x1] = True
+            found.append([(part * inside).sum() / part.sum() for part in (heat, heat ** 2, np.ones(heat.shape))])
+    return dict(zip(("in_box", "square_in_box", "area"), np.mean(found, 0).tolist()), images=len(found))
+
+
 def regions_table(name):
     """The README's table of `regions`: mean over the seeds of a cell."""
     found = [record["regions"] for record in records(name)]
@@ -98,12 +122,18 @@ def regions_table(name):
     return "\n".join(lines)
 
 
+def validation(record):
+    """The method's numbers on the whole validation split."""
+    specific = record["method_specific"]
+    return specific["validation"] if "validation" in specific else specific["validation_by_steps_and_samples"][-1]
+
+
 def few_table():
     """300 training images for 100 epochs: the guide on the augmented images it learns from and on others, and DiffMIC with each cure."""
     lines = ["| 300 images, 100 epochs | guide in training | guide on validation | DiffMIC, validation | NLL | test |", "|---|---|---|---|---|---|"]
     for name in (name for name in CELLS if name.startswith("diffmic-few")):
         record, = records(name)
-        val = record["method_specific"]["validation_by_steps_and_samples"][-1]
+        val = validation(record)
         options = command(name, 0).partition("--epochs 100")[2].strip()
         lines.append(f"| {f'`{options}`' if options else '`plus`'} | {record['guide_in_training']:.3f} | {record['val_guide_accuracy']:.3f} | "
                      f"{val['accuracy']:.3f} | {val['nll']:.3f} | {record['test']['accuracy']:.3f} |")
@@ -115,7 +145,7 @@ def ideas_table(method):
     lines = ["| | validation accuracy | NLL | test accuracy | macro F1 | epoch |", "|---|---|---|---|---|---|"]
     for name in ("", *["-base"] * bool(BASE[method]), *(f"-{idea}" for idea in IDEAS[method])):
         for record in records(f"{method}-toy{name}")[:1]:
-            val, test = record["method_specific"]["validation_by_steps_and_samples"][-1], record["test"]
+            val, test = validation(record), record["test"]
             option = command(f"{method}-toy{name}", 0).partition(".py ")[2]
             lines.append(f"| {f'`{option}`' if option else '`plus`'} | {val['accuracy']:.3f} | {val['nll']:.3f} | {test['accuracy']:.3f} | "
                          f"{test['f1_macro']:.3f} | {record['selected_epoch']} |")
@@ -180,6 +210,16 @@ def table(name):
     return "\n".join(lines)
 
 
+def votes(folder):
+    """Keeps what tests/bench.py stops early: the class that errs least (300, 501) of 300 toy test images at 501 noise levels."""
+    diffclassifier = importlib.import_module("diffclassifier")
+    config, nets, facts, device = running.load_model(Path(folder) / "best.pt", "diffclassifier", diffclassifier.Config, diffclassifier.build,
+                                                     dict(votes=501, judged=300, stop="none"))
+    error, *_ = diffclassifier.judge(nets, config, load_for(config).test, device)
+    np.savez_compressed(RESULTS / "diffclassifier-votes.npz", votes=error.argmin(2).astype(np.uint8), classes=len(facts["classes"]))
+    return RESULTS / "diffclassifier-votes.npz"
+
+
 def pictures(folder):
     """The README's pictures, out of a toy run."""
     method = json.loads((Path(folder) / "metrics.json").read_text())["method"]
@@ -228,10 +268,13 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
+    parser.add_argument("--votes", metavar="RUN", help="keep the votes of 300 test images at 501 levels, of a toy run of diffclassifier.py")
     parser.add_argument("--picture", metavar="RUN", help="draw tests/results/METHOD*.png from a toy run")
     args = parser.parse_args(argv)
     if args.picture:
         return print(pictures(args.picture))
+    if args.votes:
+        return print(votes(args.votes))
     if args.table:
         print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"),
                 drawn_table("symmflow-toy"), ideas_table("symmflow")), sep="\n\n")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import diffclassifier
 import diffmic
 import symmflow
 from common.autoencoder import AutoencoderKL
@@ -358,3 +359,16 @@ def test_the_authors_encode_image_and_label_map_at_every_step_and_we_once_an_ima
         ours = nets.encode(x, batch), nets.label_map(LABELS, (8, 8))
     assert calls == {"encoder": 6 + 5}
     assert torch.allclose(ours[0], theirs[0], rtol=1e-3, atol=1e-4) and close(ours[1], theirs[1])
+
+
+@torch.no_grad()
+def test_the_authors_loop_over_steps_and_classes_has_the_errors_of_our_batches():
+    config = diffclassifier.configure(data="toy", recipe="paper", size=16, channels=8, mult="1,2", attention="2", head_channels=8, blocks=1, width=8,
+                                      wavelet=False, time_scale=20., votes=7, baseline=False)
+    nets = worn(diffclassifier.build(config, dict(channels=3, classes=list("abc"), multilabel=False)))
+    x, t, eps, calls = colour(1, 16), torch.rand(7), torch.randn(7, 3, 16, 16), Counter()
+    row, c = torch.arange(7).repeat_interleave(3), torch.arange(3).repeat(7)
+    ours = diffclassifier.errors(nets, config, x.expand(7, -1, -1, -1), t, eps, row, c).sum((1, 2, 3)).view(7, 3)
+    nets.denoiser.register_forward_hook(lambda module, args, out: calls.update([len(out)]))
+    theirs = authors.reconstruction_errors(nets, config, x, t, eps)
+    assert close(ours, theirs) and calls == {1: 21} and ours.std(1).min() > 0

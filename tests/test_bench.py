@@ -1,9 +1,11 @@
 """tests/bench.py at --quick size: every row runs both sides and says what it found. Nothing here looks at the clock."""
 import json
 
+import numpy as np
 import pytest
 import torch
 
+import diffclassifier
 from common.autoencoder import AutoencoderKL
 from tests import bench
 
@@ -23,7 +25,7 @@ def test_a_row_runs_both_sides_and_prints_their_ratio(row, results, capsys):
     record = bench.main(["--quick", "--only", row])
     assert list(record["rows"]) == [row]
     times = record["rows"][row]
-    assert set(times) == {"ours", "theirs", "commit"} and all(0 < times[side] < 1000 for side in ("ours", "theirs"))
+    assert set(times) - {"same_label"} == {"ours", "theirs", "commit"} and all(0 < times[side] < 1e4 for side in ("ours", "theirs"))
     line = capsys.readouterr().out
     assert row in line and f"ratio {times['theirs'] / times['ours']:6.2f}" in line
     assert not list(results.iterdir()), "only --write writes"
@@ -62,12 +64,27 @@ def test_on_the_grid_we_need_a_fifth_of_the_authors_multiply_adds():
     assert ours == pytest.approx(136 + 6.2, abs=1) and theirs == pytest.approx(136 + 6.2 + 622, abs=2)
 
 
+@pytest.mark.parametrize("stop", ["exact", "1e-2"])
+def test_votes_are_stopped_where_the_method_stops_them(stop):
+    config = diffclassifier.configure(data="toy", rule="majority", stop=stop, votes=41)
+    votes = np.random.default_rng(0).choice(3, (30, 41), p=(.5, .3, .2))
+    error = 1. - np.eye(3)[votes]                                       # 0 of the class that is voted for
+    kept, alive = diffclassifier.stopped(error, config)
+    asked, found = (~np.isnan(kept[:, :, 0])).sum(1), [bench.settled_after(image, 3, stop) for image in votes]
+    assert [n for n, _ in found] == asked.tolist() and 5 < asked.mean() < 40
+    assert [k for _, k in found] == [np.bincount(image[:n], minlength=3).argmax() for image, n in zip(votes, asked)]
+    if stop == "exact":
+        assert [k for _, k in found] == [np.bincount(image, minlength=3).argmax() for image in votes]
+
+
 def test_the_table_has_a_line_for_each_row_of_a_record_with_its_ratio_and_aim():
     record = {"machine": "a machine", "dtype": "float32", "rows": {"prediction": {"ours": .25, "theirs": 5.}, "regions": {"ours": .002, "theirs": .02}}}
     head, rule, prediction, regions = bench.table(record).splitlines()
     assert "a machine, float32" in head and "ours" in head and set(rule) == {"|", "-"} and head.count("|") == rule.count("|") == 6
     cells = [c.strip() for c in prediction.split("|")]
     assert cells[1:5] == [bench.ROWS["prediction"][1], "0.25 s", "5 s", "20.0"] and float(cells[5]) == bench.ROWS["prediction"][2]
+    votes = bench.table(record | {"rows": {"stop exact": {"ours": 2., "theirs": 5., "same_label": .9975}}}).splitlines()[-1]
+    assert bench.ROWS["stop exact"][1] + ", 99.75 % the same label |" in votes
     assert regions.split("|")[1].strip() == bench.ROWS["regions"][1] and regions.split("|")[4].strip() == "10.0"
 
 

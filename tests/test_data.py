@@ -42,12 +42,12 @@ def make_images(folder, n, size=12):
 # ------------------------------------------------------------------------------------------------ cache
 def test_a_second_load_decodes_nothing_and_gives_the_same(tmp_path, decoded):
     paths = make_images(tmp_path / "x", 7)
-    first, hashes, bad, notes = cache.load(paths, 8, 3, "crop")
-    assert first.shape == (7, 3, 8, 8) and first.dtype == np.uint8 and len(set(hashes)) == 7 and not bad and not notes
+    first, hashes, bad, pairs, notes = cache.load(paths, 8, 3, "crop")
+    assert first.shape == (7, 3, 8, 8) and first.dtype == np.uint8 and len(set(hashes)) == 7 and not bad and not notes and pairs == [(12, 12)] * 7
     assert np.array_equal(first[3], images.read_image(paths[3], 8, 3, "crop"))
     decoded.clear()
-    second, again, _, _ = cache.load(paths, 8, 3, "crop")
-    assert not decoded and isinstance(second, np.memmap) and np.array_equal(first, second) and hashes == again
+    second, again, _, pairs_again, _ = cache.load(paths, 8, 3, "crop")
+    assert not decoded and isinstance(second, np.memmap) and np.array_equal(first, second) and hashes == again and pairs == pairs_again
 
 
 @pytest.mark.parametrize("options", [(9, 3, "crop"), (8, 1, "crop"), (8, 3, "squash")])
@@ -79,7 +79,8 @@ def flip(path):
     (".npy", lambda p: p.write_bytes(b"nonsense")), (".npy", lambda p: p.unlink()),
     (".npy", lambda p: np.save(p, np.zeros((3, 3, 8, 8)))), (".json", lambda p: p.write_bytes(b"\xff\xfe")),
     (".json", lambda p: p.unlink()), (".json", lambda p: p.write_text("{}")), (".json", lambda p: p.write_text("[1")),
-    (".json", lambda p: p.write_text('{"crc": 1, "hashes": ["a", "b", "c"], "bad": {}}'))])
+    (".json", lambda p: p.write_text('{"crc": 1, "hashes": ["a", "b", "c"], "bad": {}}')),
+    (".json", lambda p: p.write_text(p.read_text().replace('"sizes": [[12, 12], ', '"sizes": [')))])
 def test_a_damaged_cache_is_built_again(tmp_path, cache_folder, decoded, suffix, damage):
     paths = make_images(tmp_path / "x", 3)
     before = np.array(cache.load(paths, 8, 3, "crop")[0])
@@ -94,14 +95,14 @@ def test_a_cache_that_cannot_be_written_is_held_in_memory_with_a_note(tmp_path, 
     paths = make_images(tmp_path / "x", 3)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path / "file" / "cache"))     # fails for root too
-    array, hashes, bad, notes = cache.load(paths, 8, 3, "crop")
-    assert array.shape == (3, 3, 8, 8) and len(hashes) == 3 and "memory" in notes[0] and str(tmp_path / "file") in notes[0]
+    array, hashes, bad, pairs, notes = cache.load(paths, 8, 3, "crop")
+    assert array.shape == (3, 3, 8, 8) and len(hashes) == len(pairs) == 3 and "memory" in notes[0] and str(tmp_path / "file") in notes[0]
 
 
 def test_a_full_disk_is_no_end_and_leaves_no_litter(tmp_path, cache_folder, monkeypatch):
     paths = make_images(tmp_path / "x", 3)
     monkeypatch.setattr(cache.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    array, _, _, notes = cache.load(paths, 8, 3, "crop")
+    array, *_, notes = cache.load(paths, 8, 3, "crop")
     assert np.array_equal(array[0], images.read_image(paths[0], 8, 3)) and "No space left" in notes[0]
     assert list(cache_folder.iterdir()) == []
 
@@ -133,7 +134,7 @@ def test_bad_files_are_remembered_and_tried_again(tmp_path, decoded):
     paths = make_images(tmp_path / "x", 3)
     good = paths[1].read_bytes()
     paths[1].write_bytes(b"nonsense")
-    array, _, bad, _ = cache.load(paths, 8, 3, "crop")
+    array, _, bad, *_ = cache.load(paths, 8, 3, "crop")
     assert list(bad) == [1] and str(paths[1]) in bad[1] and not array[1].any()
     decoded.clear()
     assert list(cache.load(paths, 8, 3, "crop")[2]) == [1] and decoded == [paths[1]]

@@ -1,13 +1,14 @@
 """diffclassifier.py: section 7 of papers/diffclassifier.md, item by item under its headings, then commands.
 
 Oracles: loops in plain Python, closed forms, enumeration of all votes to come, and a denoiser of Gaussians whose likelihoods are known. Networks are a
-few channels wide. Elsewhere: the schedule's values (test_schedules.py), the U-Net (test_unet.py), rejection curves (test_metrics.py).
+few channels wide. Elsewhere: the schedule's values (test_schedules.py), the networks (test_unet.py, test_dit.py), rejection curves (test_metrics.py).
 """
 import csv
 import dataclasses
 import itertools
 import json
 import math
+import typing
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,24 +23,27 @@ from common.wavelet import haar, unhaar
 from data import DataSet, Split, load_for
 from diffclassifier import Config, configure, count_votes, rules, survivors
 from tests.loading import opened
+from tests.test_dit import multiply_adds
 from tests.test_run import processes
 from tests.test_symmflow import autoencoder
+from tests.test_unet import count
 
-CPU = torch.device("cpu")
+CPU, KINDS = torch.device("cpu"), typing.get_args(Config.__dataclass_fields__["uncertainty"].type)
+NETWORKS = [{}, dict(late_class=True), dict(backbone="dit")]
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def tiny(**given):
     """The paper's recipe with networks of a few thousand weights."""
     return configure(**dict(data="toy", recipe="paper", size=16, channels=8, mult="1,2", attention="2", head_channels=8, width=8, blocks=1, baseline=False,
-                            wavelet=False, time_scale=20., votes=9, val_votes=3, amp="off") | given)
+                            dim=16, depth=2, wavelet=False, time_scale=20., votes=9, val_votes=3, amp="off") | given)
 
 
 def networks(config, classes=3, channels=3):
     """As after training: what is zero at first is not."""
     torch.manual_seed(0)
     nets = diffclassifier.build(config, dict(channels=channels, classes=list("abcdefgh")[:classes], multilabel=False))
-    for p in nets.unet.parameters():
+    for p in nets.denoiser.parameters():
         p.data += .1 * torch.randn_like(p)
     return nets.eval()
 
@@ -134,7 +138,7 @@ def test_fifteen_percent_of_training_has_no_class_and_classification_always_has(
     kept = seen[0] != 3
     assert torch.equal(seen[0][kept], (torch.arange(20000) % 3)[kept])
     nets = networks(config)
-    nets.unet.register_forward_pre_hook(lambda net, given: seen.append(given[2]))
+    nets.denoiser.register_forward_pre_hook(lambda net, given: seen.append(given[2]))
     diffclassifier.judge(nets, config, pictures(2), CPU)
     assert set(torch.cat(seen[1:]).tolist()) == {0, 1, 2}
 
@@ -217,20 +221,20 @@ def test_the_learned_rule_finds_the_bucket_that_tells_and_the_bias():
 
 
 # ---------------------------------------------------------------------------------------------- 4 common random numbers
-@pytest.mark.parametrize("late", [False, True])
-def test_classes_of_one_embedding_have_equal_errors(late):
-    config = tiny(late_class=late)
+@pytest.mark.parametrize("given", NETWORKS, ids=str)
+def test_classes_of_one_embedding_have_equal_errors(given):
+    config = tiny(**given)
     nets = networks(config)
-    nets.unet.classes.weight.data[:] = nets.unet.classes.weight[0]
+    nets.denoiser.classes.weight.data[:] = nets.denoiser.classes.weight[0]
     error, _, _ = diffclassifier.judge(nets, config, pictures(3), CPU)
     assert np.allclose(error, error[..., :1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("given", NETWORKS, ids=str)
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 @torch.no_grad()
-def test_errors_of_a_batch_are_those_of_each_image_level_and_class_alone(late, prediction):
-    config, split = tiny(late_class=late, prediction=prediction, votes=3, stratified=True), pictures(2)
+def test_errors_of_a_batch_are_those_of_each_image_level_and_class_alone(given, prediction):
+    config, split = tiny(**given, prediction=prediction, votes=3, stratified=True), pictures(2)
     nets = networks(config)
     error, alive, t = diffclassifier.judge(nets, config, split, CPU)
     for i, name in enumerate(split.ids):
@@ -240,7 +244,7 @@ def test_errors_of_a_batch_are_those_of_each_image_level_and_class_alone(late, p
             eps, l = run.image_noise(0, [f"{name} {n}"], (3, 16, 16), CPU), shifted_cosine(torch.tensor([t[i, n]]))
             a, s = alpha_sigma(l)
             z = a * x + s * eps
-            out = nets.unet(z, l * 20, torch.tensor([k]))               # forward, whatever late_class
+            out = nets.denoiser(z, l * 20, torch.tensor([k]))               # forward, whatever late_class
             eps_hat = s * z + a * out if prediction == "v" else out
             assert error[i, n, k] == pytest.approx((eps_hat - eps).square().sum().item(), rel=1e-4)
     assert error.dtype == np.float64 and alive.all()
@@ -426,7 +430,7 @@ def test_times_are_those_of_the_image_and_stratified_ones_fill_every_part_in_ran
 # ---------------------------------------------------------------------------------------------- 9, 10 images
 def calls(nets):
     seen = []
-    nets.unet.register_forward_pre_hook(lambda net, given: seen.append(given[2].tolist()))
+    nets.denoiser.register_forward_pre_hook(lambda net, given: seen.append(given[2].tolist()))
     return seen
 
 
@@ -449,7 +453,7 @@ def test_without_guidance_drawing_is_conditional_ancestral_sampling():
     z = noise[0]                                                        # (1 - 2e-9) of it: of the image nothing is left
     for i, (l, after) in enumerate(zip(levels, levels[1:])):
         (a, s), (a_s, s_s), c = alpha_sigma(l), alpha_sigma(after), -torch.expm1(l - after)
-        x = (a * z - s * nets.unet(z, l.expand(1) * 20, y)).clamp(-1, 1)
+        x = (a * z - s * nets.denoiser(z, l.expand(1) * 20, y)).clamp(-1, 1)
         z = a_s * (z * (1 - c) / a + c * x) + s_s * c.sqrt() * noise[i + 1] if i < 2 else x
     drawn = diffclassifier.draw(nets, config, torch.zeros(1, 3, 16, 16), y, ["a"])
     assert np.abs(drawn.astype(int) - ((z.numpy() + 1) * 127.5).round()).max() <= 1
@@ -495,7 +499,7 @@ def test_uncertainties_lie_in_their_ranges_and_are_what_they_are_called():
         error, t = some_errors(M=50, N=15, K=K)
         p = ruled(tiny(), error, t)["majority"]
         u = diffclassifier.uncertainties(error, p)
-        assert set(u) == set(diffclassifier.KINDS) and all(v.shape == (50,) and (v >= 0).all() and (v <= 1 + 1e-12).all() for v in u.values())
+        assert set(u) == set(KINDS) and all(v.shape == (50,) and (v >= 0).all() and (v <= 1 + 1e-12).all() for v in u.values())
         q = count_votes(error).max(1) / 15
         assert np.allclose(u["votes"], 1 - q) and u["variance"].max() <= .5 * (1 - 1 / K) + 1e-12
         if K == 2:
@@ -530,7 +534,7 @@ def test_bfloat16_votes_as_float32():
     """Of a network whose classes differ: the null token apart, embeddings are far from each other."""
     config = tiny(votes=15)
     nets, split = networks(config), pictures(6)
-    nets.unet.classes.weight.data *= 5
+    nets.denoiser.classes.weight.data *= 5
     a, b = (diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), split, CPU)[0] for amp in ("off", "bf16"))
     assert (a.argmin(2) == b.argmin(2)).mean() >= .95 and np.allclose(a, b, rtol=.1) and not np.array_equal(a, b)
     assert len(np.unique(b)) == b.size                                  # summed in float32: no ties
@@ -567,7 +571,13 @@ def test_a_stop_is_taken_with_a_rule_whose_label_it_settles(stop, rule):
 @pytest.mark.parametrize("given, n, said", [
     (dict(stop="exact", rule="mean"), 5, "add --rule majority"), (dict(stop="ttest"), 5, "add --rule mean"), (dict(stop="1e-3", rule="learned"), 5, "add --rule majority"),
     (dict(votes=10), 2, "--votes 10: two classes could draw; take an odd number, such as 11"), (dict(pretrain_epochs=1), 5, "--no-baseline"),
-    (dict(mult="1,x"), 5, "no network can be made"), (dict(size=17), 5, "--size 17: must be a multiple of 2; take 16 or 18")])
+    (dict(mult="1,x"), 5, "--mult 1,x --attention 2 --channels 8 --head-channels 8: no network can be made"),
+    (dict(size=17), 5, "--size 17: must be a multiple of 2; take 16 or 18"),
+    (dict(backbone="dit", size=18), 5, "--size 18: must be a multiple of 4; take 16 or 20"),
+    (dict(backbone="dit", size=20, wavelet=True), 5, "--size 20: must be a multiple of 8; take 16 or 24"),
+    (dict(backbone="dit", patch=32), 5, "--size 16: must be a multiple of 32; take 32"),
+    (dict(backbone="dit", dim=18), 5, "--patch 4 --dim 18 --depth 2 --head-channels 8: no network can be made of these (dim 18: must be a multiple of 2"),
+    (dict(backbone="dit", late_class=True), 5, "--backbone dit --late-class: a DiT has no decoder that the class could enter alone; leave one out")])
 def test_what_the_method_cannot_take_is_one_line(given, n, said):
     with pytest.raises(run.UserError) as fault:
         diffclassifier.build(tiny(**given), facts(n))
@@ -580,6 +590,66 @@ def test_a_class_missing_in_validation_is_one_line_for_the_rule_that_is_fitted_t
     with pytest.raises(run.UserError, match="--rule learned: is fitted on validation, which has no image of class c; take --rule majority"):
         diffclassifier.initialise(networks(config), data, config)
     diffclassifier.initialise(networks(config), data, dataclasses.replace(config, rule="majority"))
+
+
+# ---------------------------------------------------------------------------------------------- the paper's sizes
+def paper(backbone, device="meta"):
+    """The networks for CheXpert's two classes, without the control, and their settings."""
+    config = configure(data="chexpert", backbone=backbone, baseline=False)
+    with torch.device(device):
+        return diffclassifier.build(config, facts(2)), config
+
+
+def test_the_unet_lacks_what_the_authors_have_around_attention():
+    """Theirs, 275.8 M and 88 G multiply-adds, attends in transformer blocks: a layer before and one behind, three norms, self-attention without biases
+    but at its end, cross-attention to the class's token of 512 (of which a bias a class remains), an MLP with gates; and a layer of its own for
+    the token, whose table they keep apart. Ours attends in one layer, and adds the class to the time embedding."""
+    linear = lambda a, b: a * b + b
+    ours = lambda c: 2 * c + linear(c, 3 * c) + linear(c, c)
+    theirs = lambda c: 2 * c + 2 * linear(c, c) + 3 * 2 * c + 3 * c * c + linear(c, c) + c * c + 2 * 512 * c + linear(c, c) + linear(c, 8 * c) + linear(4 * c, c)
+    net, config = paper("unet")
+    assert net.shape == (12, 128, 128) and config.epochs == 700 and count(net) == 234_106_636
+    more = 5 * (theirs(512) - ours(512)) + theirs(1024) - ours(1024)    # two blocks down, three up; the middle
+    assert count(net) - 3 * 512 + more + linear(512, 512) == 275_840_268
+    token = lambda c: 16 * c * c                                        # 2 at the ends, 2 of cross-attention, 12 of the MLP
+    found = multiply_adds(net.denoiser, 12, 128) / 1e9
+    assert found == pytest.approx(81.8, abs=.05) and found + (5 * 16 ** 2 * token(512) + 8 ** 2 * token(1024)) / 1e9 == pytest.approx(88, abs=.5)
+
+
+def test_the_dit_is_the_authors_but_for_the_rows_of_classes_that_nobody_asks_for():
+    """Theirs with one table and one time MLP, 130.6 M, has the 1,001 rows of ImageNet; ours the two classes and the null token."""
+    net, _ = paper("dit")
+    assert net.shape == (12, 128, 128) and count(net) == 129_807_552 == 130_574_016 - 998 * 768
+    assert multiply_adds(net.denoiser, 12, 128) / 1e9 == pytest.approx(107, rel=.005)
+
+
+def test_at_scale_paper_a_dit_is_trained_as_long_as_theirs_and_what_is_given_wins():
+    config = configure(data="chexpert", backbone="dit")
+    assert (config.epochs, config.lr, config.batch_size) == (512, 1e-4, 128) and round(config.warmup * 512 * 128) == 249       # 128 steps an epoch
+    assert configure(data="chexpert", backbone="dit", epochs=3).epochs == 3 and configure(data="chexpert", backbone="dit", warmup=.1).warmup == .1
+    small, unet = configure(backbone="dit"), configure()
+    assert dataclasses.replace(small, backbone="unet") == unet
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_the_small_dit_costs_about_as_much_as_the_small_unet(size):
+    a, b = (diffclassifier.build(configure(backbone=backbone, size=size, baseline=False), facts()).to("meta") for backbone in ("unet", "dit"))
+    assert .5 < multiply_adds(b.denoiser, 3, size) / multiply_adds(a.denoiser, 3, size) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["unet", "dit"])
+def test_a_step_at_the_papers_size_lowers_the_loss(backbone):
+    nets, config = paper(backbone, "cpu")
+    optimizer = torch.optim.AdamW(diffclassifier.parameter_groups(nets, config))
+    batch, found = SimpleNamespace(x=torch.rand(2, 3, 256, 256) * 2 - 1, y=torch.tensor([0, 1])), []
+    for _ in range(2):
+        torch.manual_seed(0)                                            # of times, noise and dropped classes
+        found.append(diffclassifier.train_step(nets, None, config, batch, True)["loss"])
+        if len(found) == 1:
+            found[0].backward()
+            optimizer.step()
+    assert found[1] < found[0] and found[0].isfinite() and all(p.isfinite().all() for p in nets.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- runs and commands
@@ -654,7 +724,7 @@ def test_predict_writes_a_row_and_a_panel_an_image(toy_run, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
     assert len(rows) == 2 == len(opened(tmp_path / "out")) and all(sum(float(v) for k, v in row.items() if k.startswith("p:")) == pytest.approx(1, abs=1e-4) for row in rows)
     said = capsys.readouterr().out
-    assert all(f"{kind} " in said for kind in diffclassifier.KINDS) and "not for clinical use" in said
+    assert all(f"{kind} " in said for kind in KINDS) and "not for clinical use" in said
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -677,6 +747,39 @@ def test_sample_draws_the_same_again_and_the_first_of_many(toy_run, tmp_path):
 def test_other_settings_run_from_end_to_end(options, tmp_path):
     assert go(tmp_path / "run", *options) == 0
     assert command("sample", tmp_path / "run", "--label", 1, "-n", 1) == 0 and command("explain", tmp_path / "run", "--limit", 1) == 0
+
+
+DIT = ["--backbone", "dit", "--dim", 16, "--depth", 2, "--epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def dit_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dit"
+    assert go(folder, *DIT) == 0
+    return folder
+
+
+def test_a_dit_runs_from_end_to_end(dit_run, tmp_path, capsys):
+    assert json.loads((dit_run / "config.json").read_text())["backbone"] == "dit" and "diffclassifier" == json.loads((dit_run / "metrics.json").read_text())["method"]
+    assert command("eval", dit_run, "--stop", "exact", "--rule", "majority", "--judged", 8, "--output", tmp_path / "eval") == 0
+    assert len((tmp_path / "eval" / "predictions.csv").read_text().splitlines()) == 9
+    assert command("predict", dit_run, own_images(tmp_path / "mine"), "--output", tmp_path / "predict") == 0
+    assert len(opened(tmp_path / "predict")) == 2
+    assert command("explain", dit_run, tmp_path / "mine", "--output", tmp_path / "explain") == 0 and len(opened(tmp_path / "explain")) == 2
+    assert command("sample", dit_run, "--label", "nevus", "-n", 1, "--output", tmp_path / "sample") == 0
+
+
+def test_a_run_starts_from_the_weights_of_its_own_backbone_alone(toy_run, dit_run, tmp_path, capsys):
+    capsys.readouterr()
+    for file, theirs, ours in ((toy_run / "best.pt", "unet", "dit"), (dit_run / "best.pt", "dit", "unet")):
+        assert go(tmp_path / "run", *DIT, "--backbone", ours, "--init", file) == 2
+        assert capsys.readouterr().err == (f"error: --init {file}: is of a run with --backbone {theirs}, this one has --backbone {ours}; "
+                                           f"add --backbone {theirs}, or name another\n")
+    assert not (tmp_path / "run").exists()
+    config, nets, _, _ = run.load_model(dit_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
+    fresh = diffclassifier.build(config, facts())
+    run.load_init(fresh, dit_run / "best.pt", "diffclassifier", backbone="dit")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), nets.parameters(), strict=True)) and "; new" not in capsys.readouterr().out
 
 
 def test_latents_are_diffused_at_unit_spread_and_another_autoencoder_is_refused(tmp_path, capsys):
@@ -728,11 +831,12 @@ def blobs(n, seed):
 
 
 @pytest.mark.slow
-def test_a_tiny_network_learns_to_tell_left_from_right_and_bfloat16_votes_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [dict(channels=16, mult="1,2"), dict(backbone="dit", dim=64, depth=3)], ids=["unet", "dit"])
+def test_a_tiny_network_learns_to_tell_left_from_right_and_bfloat16_votes_alike(given, tmp_path, monkeypatch):
     data = DataSet(blobs(480, 0), blobs(40, 1), blobs(80, 2), ["left", "right"], False, 1)
     monkeypatch.setattr(diffclassifier, "load_for", lambda config: data)
     monkeypatch.setattr(run.score, "__defaults__", (None, 5))
-    config = configure(data="toy", size=16, epochs=10, batch_size=16, channels=16, mult="1,2", augment="", votes=25, val_votes=1, baseline=False, device="cpu",
+    config = configure(**given, data="toy", size=16, epochs=10, batch_size=16, augment="", votes=25, val_votes=1, baseline=False, device="cpu",
                        output=str(tmp_path / "run"))
     found = diffclassifier.train(config)
     assert found["test"]["accuracy"] >= .95 and found["baselines"]["rule majority"]["accuracy"] >= .95
