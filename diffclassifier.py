@@ -10,8 +10,10 @@ time the class with the least error has a vote. Classes share the noise, so that
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
     majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li)  `rules`
+    elbo: least mean of -dl/dt E;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
+    the n whose l lies in the j-th of ten ranges, w and b fitted on validation                 `bucket_differences`, `fit` in common/votes.py
 
-M images, N noise levels an image, K classes; all rules read one array of float32 errors, (M, N, K). `survivors` stops early.
+M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float32. `survivors` stops early.
 
     python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
     python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU; its other network: --backbone dit
@@ -24,7 +26,8 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
  2. Class: added to the time embedding, as their cross-attention to one token does. One table of classes, one null token, one dropout, in the EMA;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
- 3. Vote ties go to the class of the lower mean error, not to the first; an eliminated class cannot win, theirs can. Errors are summed in float32.
+ 3. Errors are of eps, as in their code; of x, as in their figure, the votes would be the same, the means not. They are summed in float32. Vote ties
+    go to the class of the lower mean error, not to the first; an eliminated class cannot win, theirs can.
  4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, visited in random order, as the stop rules need).
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
@@ -445,6 +448,8 @@ def evaluate(nets, split, config, device, joint=None):
         config = dataclasses.replace(config, votes=config.val_votes, stop="none", rule="majority")
     error, alive, t = judge(nets, config, split, device)
     found, rows = rules(nets, config, error, alive, t), []
+    if joint is None and run.rank() == 0:
+        print(f"network calls an image: {(~np.isnan(error)).sum((1, 2)).mean():.1f} of {config.votes} noise levels x {nets.classes} classes", flush=True)
     predictions = {METHOD: found[config.rule]}
     if joint is None and config.stop == "none":                         # errors of a run that stops early are of use to its own rule alone
         predictions |= {f"rule {rule}": p for rule, p in found.items() if rule != config.rule}
@@ -492,12 +497,12 @@ def measure(nets, data, config, device, figures):
         same = rules(nets, config, kept, left, t)[rule].argmax(1) == found[rule]       # found: of the last row, all levels
         stops[stop] = {"share_of_calls": float((~np.isnan(kept)).mean()), "same_label": float(same.mean())}
     plots.line_chart(figures / "rules.png", {rule: ([row["votes"] for row in table], [row[rule] for row in table]) for rule in found},
-                     "Accuracy on validation against noise levels", "noise levels an image", "accuracy")
+                     "Accuracy on validation, to which learned is fitted", "noise levels an image", "accuracy")
     middle = (np.arange(BUCKETS) + .5) / BUCKETS * 20 - 10
     plots.line_chart(figures / "errors.png", {name: (middle, differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
                      "How much less the true class errs, by noise", "log-SNR", "error of the true class - mean of all")
-    return {"validation_by_votes": table, "validation_by_stop": stops, "calls_an_image": config.votes * nets.classes, "seconds_an_image": seconds,
-            "bucket_weights": nets.weight.tolist(), "bias": nets.bias.tolist()}
+    return {"validation_by_votes": table, "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
+            "bias": nets.bias.tolist(), "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
 
 
 # ============================================================================= 7 setup
@@ -595,8 +600,8 @@ def sample_command(checkpoint, label, n=16, output="", **given):
 
 @torch.no_grad()
 def explain_command(checkpoint, paths=(), limit=0, output="", **given):
-    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the image denoised as each class from the same noise, the
-    signed difference from the predicted class, and the evidence: where the second class errs more than it."""
+    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the image denoised as the most probable classes from the same
+    noise; below, the evidence: where the second class errs more than the first; image and other classes minus the image denoised as the first."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
     classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
@@ -608,20 +613,21 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
         with run.autocast(config, device):
             drawn = draw(nets, config, x.expand(len(shown), -1, -1, -1), torch.tensor(shown, device=device), [name] * len(shown), config.start)
             heat = evidence(nets, config, x, name, best, second)
-        tiles = {f"image {name}": plots.overlay(image),
-                 f"evidence for {classes[best]} against {classes[second]}": plots.overlay(image, heat.clip(0))}
+        tiles = {f"image {name}": plots.overlay(image)}
         tiles |= {f"denoised as {classes[k]}, p {p[i, k]:.3f}": plots.overlay(picture) for k, picture in zip(shown, drawn)}
-        for k, picture in zip(shown[1:], drawn[1:].astype(int)):
-            difference = 127.5 + (picture - drawn[0]).mean(0, keepdims=True).clip(-127, 127)
-            tiles[f"{classes[k]} minus {classes[best]}: grey is none"] = plots.overlay(difference.astype(np.uint8))
+        tiles[f"evidence for {classes[best]} against {classes[second]}: red for, blue against"] = plots.signed(heat)
+        for what, picture in zip(["image minus denoised as", *[f"{classes[k]} minus" for k in shown[1:]]], [image, *drawn[1:]]):
+            difference = picture.mean(0) - drawn[0].mean(0)
+            tiles[f"{what} {classes[best]}: red lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most"] = plots.signed(difference)
         truth = f" (true: {classes[split.labels[i]]})" if split.labels[i] >= 0 else ""
-        plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{truth}", tiles, [],
-                          ["votes: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i]))])
+        plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{truth}, by --rule {config.rule}", tiles, [],
+                          [f"votes of {votes[i].sum():.0f} noise levels: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i]))], len(shown) + 1)
     print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
 
 
 def evidence(nets, config, x, name, best, other):
-    """(H, W), as the network sees it: how much more the class `other` errs at each place than `best`, mean over the levels that an image is judged at."""
+    """(H, W), as the network sees it: how much more the class `other` errs at each place than `best`, mean over all N levels, whatever --stop. Sums to
+    the difference of their mean errors; majority and learned weigh the levels otherwise, and may decide against it."""
     total, t = 0, times(config, name).to(x.device)
     for part in torch.arange(config.votes).split(max(1, config.eval_batch_size // 2)):
         eps = run.image_noise(config.seed, [f"{name} {j}" for j in part.tolist()], nets.shape, x.device)

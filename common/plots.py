@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # Okabe and Ito's colour-blind-safe palette without its yellow, too pale for a line on white
 PALETTE = BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"
@@ -388,20 +388,30 @@ def overlay(image, heat=None, boxes=(), marks=(), side=256):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def explanation(path, title, tiles, charts, lines=()):
-    """Why a model decided so: a row of tiles {caption: uint8 (C,h,w) of equal size}, a row of charts [(series, title, x label, y label)] as `chart`
-    draws them, and lines of text."""
+def signed(difference, side=256):
+    """A map (rows,columns) of what is more or less, enlarged to `side` -> uint8 (3,h,w): grey none, red more, blue less, deepest at the largest."""
+    d = np.asarray(difference, dtype=np.float32)
+    d = d / max(np.abs(d).max(), 1e-12)
+    none, more, less = (np.array(ImageColor.getrgb(color), np.float32)[:, None, None] for color in (PALE, VERMILION, BLUE))
+    return overlay((none + np.abs(d) * (np.where(d > 0, more, less) - none)).round().astype(np.uint8), side=side)
+
+
+def explanation(path, title, tiles, charts, lines=(), columns=99):
+    """Why a model decided so: tiles {caption: uint8 (C,h,w) of equal size} in rows of `columns`, a row of charts [(series, title, x label, y label)]
+    as `chart` draws them, and lines of text."""
     tiles = {caption: picture(tile) for caption, tile in tiles.items()}
     w, h = next(iter(tiles.values())).size
-    width = max(16 + len(tiles) * (w + 12), 620)
+    width = max(16 + min(len(tiles), columns) * (w + 12), 620)
     texts = [paragraph(caption, 12, w) for caption in tiles]
     text = [row for line in lines for row in paragraph(line, 14, width - 32)]
-    top = 52 + h + 8 + 16 * max(map(len, texts))
+    step = h + 18 + 16 * max(map(len, texts))
+    top = 42 + -(-len(tiles) // columns) * step
     canvas = Canvas(width, top + 330 * bool(charts) + 21 * len(text) + 44, title)
     for i, (tile, rows) in enumerate(zip(tiles.values(), texts)):
-        canvas.image.paste(tile, (16 + i * (w + 12), 48))
+        x, y = 16 + i % columns * (w + 12), 48 + i // columns * step
+        canvas.image.paste(tile, (x, y))
         for k, row in enumerate(rows):
-            canvas.text(16 + i * (w + 12) + w / 2, 54 + h + 16 * k, row, 12, "ma")
+            canvas.text(x + w / 2, y + 6 + h + 16 * k, row, 12, "ma")
     for i, (series, name, xlabel, ylabel) in enumerate(charts):
         left, right = 8 + i * (width - 16) // len(charts), 8 + (i + 1) * (width - 16) // len(charts)
         chart(canvas, (left, top, right, top + 325), series, name, xlabel, ylabel)

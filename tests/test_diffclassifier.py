@@ -25,7 +25,7 @@ from diffclassifier import Config, configure, count_votes, rules, survivors
 from tests.loading import opened
 from tests.test_dit import multiply_adds
 from tests.test_run import processes
-from tests.test_symmflow import autoencoder
+from tests.test_symmflow import autoencoder, same
 from tests.test_unet import count
 
 CPU, KINDS = torch.device("cpu"), typing.get_args(Config.__dataclass_fields__["uncertainty"].type)
@@ -470,12 +470,50 @@ def test_one_label_and_name_are_one_image_and_from_time_0_the_image_comes_back()
 
 
 @torch.no_grad()
+def test_with_a_guidance_of_minus_one_drawing_is_that_of_no_class():
+    config, x, name = tiny(guidance=0., draw_steps=4), torch.zeros(1, 3, 16, 16), ["a"]
+    nets = networks(config)
+    unguided = dataclasses.replace(config, guidance=-1.)                # a user's lies in 0..
+    drawn, none = diffclassifier.draw(nets, unguided, x, torch.tensor([2]), name), diffclassifier.draw(nets, config, x, torch.tensor([3]), name)
+    assert np.abs(drawn.astype(int) - none).max() <= 1 < np.abs(drawn.astype(int) - diffclassifier.draw(nets, config, x, torch.tensor([2]), name)).max()
+
+
+@torch.no_grad()
 def test_evidence_sums_to_the_difference_of_the_errors():
     config = tiny(votes=5, eval_batch_size=4)
     nets, split = networks(config), pictures(1)
     error, _, _ = diffclassifier.judge(nets, config, split, CPU)
     heat = diffclassifier.evidence(nets, config, diffclassifier.seen(nets, split.images[0], CPU), split.ids[0], 2, 0)
     assert heat.shape == (16, 16) and heat.sum() == pytest.approx((error[0, :, 0] - error[0, :, 2]).mean(), rel=1e-3, abs=1e-2)
+
+
+@torch.no_grad()
+def test_a_class_has_no_evidence_against_itself():
+    config, x = tiny(votes=5, eval_batch_size=4), torch.rand(1, 3, 16, 16)
+    assert (diffclassifier.evidence(networks(config), config, x, "a", 1, 1) == 0).all()                     # one noise for both
+
+
+@pytest.mark.parametrize("wavelet", [False, True])
+@pytest.mark.parametrize("k", [0, 1])
+def test_evidence_lies_where_alone_the_classes_differ(k, wavelet):
+    """Two Gaussians N(m_k, .3^2 I), whose means differ inside a box; who denoises knows them. Wavelets of half the side are of half the spread too."""
+    config, box, spread, means = tiny(votes=31), np.zeros((16, 16), bool), .3, torch.zeros(2, 1, 16, 16)
+    box[4:10, 6:14] = True
+    means[1, 0, box] = .6
+    image = (means[k:k + 1] + spread * torch.randn(1, 1, 16, 16) + 1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    encode = (lambda x: haar(x) / 2) if wavelet else lambda x: x
+    seen, spread, box = encode(means), spread / (1 + wavelet), box[::2, ::2] if wavelet else box
+
+    def denoise(z, l, c, row):
+        a, s = (p.view(-1, 1, 1, 1)[row] for p in alpha_sigma(l))
+        z, m = z[row], seen[c]
+        x_hat = m + a * spread ** 2 / (a ** 2 * spread ** 2 + s ** 2) * (z - a * m)
+        return ((z - a * x_hat) / s - s * z) / a                        # as v
+    nets = SimpleNamespace(denoise=denoise, encode=encode, classes=2, shape=tuple(seen.shape[1:]))
+    error, *_ = diffclassifier.judge(nets, config, Split(image, np.array([k]), ["a"]), CPU)
+    heat = diffclassifier.evidence(nets, config, diffclassifier.seen(nets, image[0], CPU), "a", k, 1 - k)
+    assert np.array_equal(heat != 0, box)
+    assert heat.sum() == pytest.approx(np.diff(votes.mean_errors(error[..., [k, 1 - k]])).item(), rel=1e-4) and heat.sum() > 0
 
 
 def test_haar_is_orthonormal_and_halved_stays_in_range():
@@ -538,6 +576,19 @@ def test_bfloat16_votes_as_float32():
     a, b = (diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), split, CPU)[0] for amp in ("off", "bf16"))
     assert (a.argmin(2) == b.argmin(2)).mean() >= .95 and np.allclose(a, b, rtol=.1) and not np.array_equal(a, b)
     assert len(np.unique(b)) == b.size                                  # summed in float32: no ties
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+def test_under_bfloat16_only_what_the_network_says_is_rounded(prediction):
+    config, x, eps, t = tiny(prediction=prediction), *torch.rand(2, 4, 3, 16, 16), torch.tensor([.1, .4, .6, .9])
+    l = diffclassifier.logsnr(config, t, 16)
+    said = known(config, x, eps + .3)(None, l, None).bfloat16()
+    a, s = (p.view(-1, 1, 1, 1).double() for p in alpha_sigma(l))
+    eps_hat = s * (a * x + s * eps) + a * said.double() if prediction == "v" else said.double()
+    nets, every = SimpleNamespace(denoise=lambda *args: said), torch.arange(4)
+    with run.autocast(dataclasses.replace(config, amp="bf16"), CPU):
+        found = diffclassifier.errors(nets, config, x, t, eps, every, every).sum((1, 2, 3))
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), (eps_hat - eps).square().sum((1, 2, 3)), rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- data, settings
@@ -692,12 +743,17 @@ def test_a_run_writes_its_numbers_and_pictures(toy_run):
 def test_the_checkpoint_keeps_what_was_fitted(toy_run):
     config, nets, _, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
     specific = json.loads((toy_run / "metrics.json").read_text())["method_specific"]
-    assert nets.weight.tolist() == specific["bucket_weights"] and nets.bias.tolist() == specific["bias"] and nets.weight.any()
+    assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.bias.tolist() == specific["bias"] and nets.weight.any()
 
 
 @pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "learned"), ("none", "elbo")])
-def test_eval_with_every_stop(toy_run, tmp_path, stop, rule):
+def test_eval_with_every_stop_says_what_it_cost(toy_run, tmp_path, stop, rule, capsys):
+    given = dict(stop=stop, rule=rule, judged=8)
     assert command("eval", toy_run, "--stop", stop, "--rule", rule, "--judged", 8, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    config, nets, _, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, given)
+    calls = (~np.isnan(diffclassifier.judge(nets, config, load_for(config).test, CPU)[0])).sum() / 8
+    assert f"network calls an image: {calls:.1f} of 5 noise levels x 5 classes\n" in said and (calls == 25) == (stop in ("none", "ttest"))
     assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 9
     assert json.loads((tmp_path / "out" / "config.json").read_text())["stop"] == stop
 
@@ -727,6 +783,63 @@ def test_predict_writes_a_row_and_a_panel_an_image(toy_run, tmp_path, capsys):
     assert all(f"{kind} " in said for kind in KINDS) and "not for clinical use" in said
 
 
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [5, 14])
+def test_a_resumed_run_ends_with_the_weights_and_the_votes_of_one_that_was_not_stopped(stop_at, tmp_path, monkeypatch):
+    """Stopped in the second epoch, after one of the plain ResNet alone, and in the last; four steps an epoch."""
+    given = dict(data="toy", size=28, limit=12, batch_size=3, epochs=3, pretrain_epochs=1, select="auroc", channels=8, mult="1,1", attention="2", head_channels=8, width=8,
+                 votes=5, val_votes=1, calibrate=True, device="cpu")
+    monkeypatch.setattr(run.score, "__defaults__", (None, 5))
+    whole = diffclassifier.train(configure(**given, output=str(tmp_path / "whole")))
+    step, calls, config = diffclassifier.train_step, itertools.count(), configure(**given, output=str(tmp_path / "parted"))
+
+    def stopping(*args):
+        if next(calls) == stop_at:
+            raise Stopped
+        return step(*args)
+
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        m.setattr(diffclassifier, "train_step", stopping)
+        diffclassifier.train(config)
+    parted = diffclassifier.train(config, resume=tmp_path / "parted")
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "parted"))
+        assert same(a["nets"], b["nets"]) and same(a["ema"], b["ema"])
+        assert name == "best.pt" or a["position"]["step"] == b["position"]["step"] == 16
+    assert a["ema"]["weight"].any() and whole["test"] == parted["test"]
+    assert whole["method_specific"]["validation_by_votes"] == parted["method_specific"]["validation_by_votes"]
+
+
+@torch.no_grad()
+def test_explain_shows_images_above_and_under_each_what_it_differs_in(toy_run, tmp_path, monkeypatch):
+    shown, maps = [], []
+    grey = lambda nets, config, x, labels, names, start: np.stack([np.full((3, 28, 28), 100 + 10 * k, np.uint8) for k in labels])
+    monkeypatch.setattr(diffclassifier, "draw", grey)
+    monkeypatch.setattr(diffclassifier, "evidence", lambda nets, config, x, name, best, other: np.eye(28) * (1 + 10 * best + other))
+    signed = diffclassifier.plots.signed
+    monkeypatch.setattr(diffclassifier.plots, "signed", lambda d: maps.append(d) or signed(d))
+    keep = lambda path, title, tiles, charts, lines, columns: shown.append((title, list(tiles), lines, columns))
+    monkeypatch.setattr(diffclassifier.plots, "explanation", keep)
+    assert command("explain", toy_run, "--limit", 1, "--output", tmp_path / "out") == 0
+    config, nets, facts, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, dict(limit=1))
+    test, names = load_for(config).test, facts["classes"]
+    p = diffclassifier.evaluate(nets, test, config, CPU)[0]["diffclassifier"][0]
+    a, b, c = np.argsort(-p)[:3]
+    (title, captions, lines, columns), = shown
+    difference = test.images[0].mean(0) - (100 + 10 * a)
+    assert title == f"{names[a]} (true: {names[test.labels[0]]}), by --rule learned" and columns == 4
+    assert captions == [f"image {test.ids[0]}", *(f"denoised as {names[k]}, p {p[k]:.3f}" for k in (a, b, c)),
+                        f"evidence for {names[a]} against {names[b]}: red for, blue against",
+                        f"image minus denoised as {names[a]}: red lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most",
+                        *(f"{names[k]} minus {names[a]}: red lighter, blue darker, by {10 * abs(k - a)} of 255 at most" for k in (b, c))]
+    for found, wanted in zip(maps, (np.eye(28) * (1 + 10 * a + b), difference, 10. * (b - a), 10. * (c - a)), strict=True):
+        assert np.allclose(found, wanted)
+    assert lines[0].startswith("votes of 5 noise levels: nevus ")
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_explain_draws_a_picture_an_image(toy_run, tmp_path, own, capsys):
     paths = [own_images(tmp_path / "mine")] if own else ["--limit", 2]
@@ -747,6 +860,8 @@ def test_sample_draws_the_same_again_and_the_first_of_many(toy_run, tmp_path):
 def test_other_settings_run_from_end_to_end(options, tmp_path):
     assert go(tmp_path / "run", *options) == 0
     assert command("sample", tmp_path / "run", "--label", 1, "-n", 1) == 0 and command("explain", tmp_path / "run", "--limit", 1) == 0
+    calls = json.loads((tmp_path / "run" / "metrics.json").read_text())["method_specific"]["calls_an_image"]
+    assert calls < 25 if "exact" in options else calls == 25
 
 
 DIT = ["--backbone", "dit", "--dim", 16, "--depth", 2, "--epochs", 1]
@@ -839,9 +954,24 @@ def test_a_tiny_network_learns_to_tell_left_from_right_and_bfloat16_votes_alike(
     config = configure(**given, data="toy", size=16, epochs=10, batch_size=16, augment="", votes=25, val_votes=1, baseline=False, device="cpu",
                        output=str(tmp_path / "run"))
     found = diffclassifier.train(config)
-    assert found["test"]["accuracy"] >= .95 and found["baselines"]["rule majority"]["accuracy"] >= .95
+    assert found["test"]["accuracy"] > .95 and found["baselines"]["rule majority"]["accuracy"] > .95
     specific = found["method_specific"]
     assert specific["validation_by_votes"][-1]["majority"] >= specific["validation_by_votes"][0]["majority"] and specific["validation_by_stop"]["1e-3"]["same_label"] > .95
     _, nets, _, _ = run.load_model(tmp_path / "run" / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
-    a, b = (count_votes(diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), data.val, CPU)[0]) for amp in ("off", "bf16"))
-    assert (a.argmax(1) == b.argmax(1)).mean() >= .99
+    a, b = (diffclassifier.judge(nets, dataclasses.replace(config, amp=amp), data.val, CPU)[0] for amp in ("off", "bf16"))
+    clear = np.abs(a[..., 1] - a[..., 0]) > a.mean(2) / 256             # no near-tie: the classes differ by more than a rounding of bfloat16
+    assert clear.mean() > .7 and (a.argmin(2) == b.argmin(2))[clear].mean() >= .99
+    assert (count_votes(a).argmax(1) == count_votes(b).argmax(1)).mean() >= .99
+
+
+@pytest.mark.slow
+def test_trained_on_labels_that_say_nothing_of_the_image_no_rule_beats_chance(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    parts = (dataclasses.replace(part, labels=rng.permutation(part.labels)) for part in (blobs(320, 0), blobs(80, 1), blobs(200, 2)))
+    data = DataSet(*parts, ["left", "right"], False, 1)
+    monkeypatch.setattr(diffclassifier, "load_for", lambda config: data)
+    monkeypatch.setattr(run.score, "__defaults__", (None, 5))
+    found = diffclassifier.train(configure(data="toy", size=16, epochs=6, batch_size=16, augment="", votes=9, val_votes=1, channels=16, mult="1,2",
+                                           baseline=False, device="cpu", output=str(tmp_path / "run")))
+    rules = {"learned": found["test"]} | {k: v for k, v in found["baselines"].items() if k.startswith("rule")}
+    assert len(rules) == 4 and all(abs(score["accuracy"] - .5) < .12 for score in rules.values())           # 3.4 standard errors

@@ -92,6 +92,7 @@ PICTURES = {
     "explanation of four tiles and two charts": lambda p: plots.explanation(
         p, "w" * 500, tiles(4), [(path_of(LONG[:2], 3), *SERIES), (path_of(["a"], 2), *SERIES)], ["words " * 60, "x" * 300]),
     "explanation without charts": lambda p: plots.explanation(p, "", {"x" * 300: plots.overlay(IMAGES[0]), "words " * 30: IMAGES[1].repeat(8, 1).repeat(8, 2)}, []),
+    "explanation of eight tiles in two rows": lambda p: plots.explanation(p, "t", tiles(8), [(path_of(["a"], 2), *SERIES)], [PROBABILITY], 4),
     "explanation of nan": lambda p: plots.explanation(p, "t", tiles(3), [({"a": ([0, 1], [NAN, NAN], [NAN, NAN], [NAN, NAN])}, *SERIES)]),
     "scatter": lambda p: plots.scatter(p, {f"t = {t}": cloud(60, t) for t in range(7)}, np.arange(60) % 5, LONG[:5], "t-SNE", "colour: true class"),
     "scatter of 12 classes with long names": lambda p: plots.scatter(
@@ -332,6 +333,23 @@ def test_an_explanation_shows_its_tiles_pixel_for_pixel_side_by_side(tmp_path):
     shown = np.asarray(Image.open(plots.explanation(tmp_path / "a.png", "t", three, [], ["line"]))).transpose(2, 0, 1)
     for i, tile in enumerate(three.values()):
         assert np.array_equal(shown[:, 48:304, 16 + 268 * i:272 + 268 * i], tile)
+
+
+def test_tiles_that_fill_a_row_go_on_in_the_next(tmp_path):
+    seven = tiles(7, side=64)
+    shown = np.asarray(Image.open(plots.explanation(tmp_path / "a.png", "t", seven, [], columns=3))).transpose(2, 0, 1)
+    step = 64 + 18 + 16 * max(len(plots.paragraph(caption, 12, 64)) for caption in seven)
+    for i, tile in enumerate(seven.values()):
+        y, x = 48 + i // 3 * step, 16 + i % 3 * 76
+        assert np.array_equal(shown[:, y:y + 64, x:x + 64], tile)
+
+
+def test_a_signed_map_is_grey_where_nothing_differs_red_where_more_and_blue_where_less():
+    found = plots.signed(np.array([[0, 2.], [-4, 4]]), side=4)
+    assert found.shape == (3, 4, 4) and found.dtype == np.uint8 and np.array_equal(found[:, ::2, ::2], found[:, 1::2, 1::2])
+    assert colours(found, plots.PALE)[:2, :2].all() and colours(found, plots.VERMILION)[2:, 2:].all() and colours(found, plots.BLUE)[2:, :2].all()
+    assert np.abs(found[:, 0, 2] - (found[:, 0, 0].astype(float) + found[:, 2, 2]) / 2).max() <= .5         # half as much, half as deep
+    assert colours(plots.signed(np.zeros((3, 3))), plots.PALE).all() and np.array_equal(plots.signed(np.eye(3)), plots.signed(1e-5 * np.eye(3)))
 
 
 def test_an_explanation_says_that_it_is_not_for_clinical_use(tmp_path, monkeypatch):
