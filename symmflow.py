@@ -24,18 +24,18 @@ Read differently from the paper, and why
     (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
  2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
     paper's is 2 beta. Drawing starts at the clean colour, and label maps that are encoded (--latent rgb) are clean, one a class.
- 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more:
-    README, and an exact flow in tests/test_symmflow.py.
+ 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (README).
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
     y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
  5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
  6. Latents: the posterior's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once; only what is looked at is
     decoded. --latent grid puts the codes on the latent grid and classifies without any decoder.
-`--recipe plus`, each a field of PLUS below: equidistant codes; t times 1000 before its embedding; 30 % of the images at t = 1, for the label
-alone. Of noise a pixel the mean over a thousand pixels leaves nothing: y_t gives the label away at every t < 1, and t = 1 alone teaches to
-classify. Hence one noise for all pixels (label_noise), and the error of the label map in place of its velocity's (label_loss). pooled: group
-norms take away most of what is constant over an image. precondition: the U-Net need not learn to copy. guidance: drawing keeps to its class.
+`--recipe plus`, each a field of PLUS below: equidistant codes; t times 1000 before its embedding; every image once more at t = 1, for the label
+alone; one noise for all pixels of a label map (label_noise): of noise a pixel the mean over a thousand pixels leaves nothing, so that y_t gives the
+label away at every t < 1. label_loss posterior: the encoder gives p(k | x_t, y_t), learnt by cross-entropy, and v_y = (y_t - sum_k p_k c_k) / t, as in
+variational flow matching (Eijkelboom et al. 2024); classification needs no decoder. precondition: the U-Net need not learn to copy, and at t = 1 sees
+no noise of the label, so that one draw will do. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -56,7 +56,7 @@ from torch import nn
 from common.autoencoder import Codec
 from common.resnet import ResNet
 from common.unet import UNet
-from data import Batches, DataError, load_for, read_split
+from data import Batches, DataError, load_for, read_split, shortcut
 
 METHOD = "symmflow"
 
@@ -74,7 +74,7 @@ class Config:
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
     augment: str = "hflip,vflip"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
-    balanced: bool = False  # draw every class equally often
+    balanced: bool = False  # draw every class equally often in training; probabilities then take the classes' shares into account
     # --- model ---
     scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
@@ -113,27 +113,27 @@ class Config:
     sigma_min: float = 0.  # [0..1] s of the path; the authors' code: 1e-4
     image_weight: float = 0.7  # [0..1] w of the loss
     time_scale: float = 1.  # [0..] t is multiplied by it before its embedding; 1 leaves the embedding nearly flat
-    label_loss: Literal["velocity", "map"] = "velocity"  # squared error of v_y, or of the label map that it leads to: t^2 of it
-    precondition: bool = False  # add the least-squares guess of the velocity, (2t - 1) / (t^2 + (1 - t)^2) z_t if entries have mean square 1
+    label_loss: Literal["velocity", "map", "posterior"] = "velocity"  # squared error of v_y, or t^2 of it: of the label map; or cross-entropy of its class
+    precondition: bool = False  # the U-Net adds to the least-squares guess of the velocity, and sees those of x_1 and y_0 in place of x_t and y_t
     label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y of each pixel, whose mean gives the label away at t < 1, or one for all pixels
     pooled: bool = False  # the mean pixel of y_t also enters with the time embedding; in the image's channels group norms hide what is constant
-    t_one: float = 0.  # [0..1] share of training images at t = 1, the only t that one-step classification uses, for the label loss alone
+    t_one: float = 0.  # [0..1] share of training images seen once more, at t = 1, all that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
-    guidance: float = 0.  # [0..] how far drawing leaves the mean of all classes' velocities behind, at a network call a class more
+    guidance: float = 0.  # [0..] how far drawing leaves the mean of all classes' velocities behind, at a second network call a step
     solver: Literal["euler", "heun"] = "euler"  # one network call a step, or two
     samples: int = 1  # [1..] noise draws whose label maps are averaged
     decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
     calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by; spread needs more samples than one
-    generated: int = 500  # [0..] images drawn to be measured at the end; 0: none
+    generated: int = 500  # [0..] images drawn to be measured at the end, and of validation classified with other steps and draws; 0: none, and all
 
 
-SMALL = dict(epochs=12, batch_size=16, lr=2e-3, ema=0.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1, generated=100)
-PLUS = dict(codes="onehot", time_scale=1000., t_one=.3, label_loss="map", label_noise="shared", pooled=True, precondition=True, guidance=2.,
-            samples=4, calibrate=True, uncertainty="entropy")
+SMALL = dict(epochs=14, batch_size=16, lr=3e-3, ema=0.99, width=8, channels=16, mult="1,2,4,4", attention="4", head_channels=16, blocks=1, generated=100)
+PLUS = dict(codes="onehot", time_scale=1000., t_one=1., label_loss="posterior", label_noise="shared", pooled=True, precondition=True, guidance=2.,
+            calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
-BY_DATA = {"folder": dict(augment="hflip")} | dict.fromkeys(            # no flips where up or left means something
+BY_DATA = {"toy": dict(epochs=7), "folder": dict(augment="hflip")} | dict.fromkeys(     # no flips where up or left means something
     ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist"), dict(augment=""))
 KINDS = ("distance", "entropy", "margin", "spread")                 # of uncertainty
 PANELS = [("Losses", "loss", ["image", "label", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
@@ -172,26 +172,48 @@ def path(x, y, xi_x, xi_y, t, s):
     return (((1 - (1 - s) * t) * xi_x + t * x, (1 - (1 - s) * t) * y + t * xi_y), (x - (1 - s) * xi_x, xi_y - (1 - s) * y))
 
 
-def velocity(unet, config, x, y, t):
+def predict(unet, config, x, y, t, rows=None):
+    """What the U-Net says at the point x, y (B, ., H, W) and time t (B,): v_x, and v_y or, for label_loss posterior, what each pixel of the middle
+    says, (B, K, h, w), of p(k | x_t, y_t): their mean is its logits. For these the encoder will do: with `rows` the decoder is run for the first
+    `rows` alone, and the others' v_x means nothing."""
+    guess_x = guess_y = 0.
+    if config.precondition:                                             # entries of x_1, y_0 and noise have a mean square of about 1
+        w = t.view(-1, 1, 1, 1)
+        variance = w ** 2 + (1 - w) ** 2
+        guess_x, guess_y = ((2 * w - 1) / variance * z for z in (x, y))
+        x, y = w / variance * x, (1 - w) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
+    z, given = torch.cat([x, y], 1), (t * config.time_scale, *[y.mean((2, 3))] * config.pooled)
+    if config.label_loss != "posterior":
+        out = unet(z, *given).float()
+        return out[:, :x.shape[1]] + guess_x, out[:, x.shape[1]:] + guess_y
+    features, v_x = unet.encode(z, *given), torch.zeros_like(x)
+    if rows != 0:
+        v_x[:rows] = unet.decode([f[:rows] for f in features], *(part[:rows] for part in given)).float()
+    return v_x + guess_x, unet.read(features).float()
+
+
+def velocity(unet, config, x, y, t, rows=None):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
-    z = torch.cat([x, y], 1)
-    v = unet(z, t * config.time_scale, *[y.mean((2, 3))] * config.pooled).float()
-    if config.precondition:                                             # the U-Net adds to what z alone says
-        t = t.view(-1, 1, 1, 1)
-        v = v + (2 * t - 1) / (t ** 2 + (1 - t) ** 2) * z
-    return v[:, :x.shape[1]], v[:, x.shape[1]:]
+    v_x, v_y = predict(unet, config, x, y, t, rows)
+    if config.label_loss == "posterior":                                # v_y leads from y_t to the mean of the codes, sum_k p_k c_k; c_k = 2 e_k - 1
+        y_0, t = 2 * v_y.mean((2, 3), keepdim=True).softmax(1) - 1, t.view(-1, 1, 1, 1)
+        v_y = torch.where(t > 0, (y - y_0) / t.clamp_min(1e-3), -y_0)
+    return v_x, v_y
 
 
 def loss(nets, config, x, y):
     """The flow-matching loss of images, or latents, x and label maps y -> dict of scalars, and the error of v_y by tenths of t."""
-    t, end = torch.rand(len(x), device=x.device), torch.rand(len(x), device=x.device) < config.t_one
-    t = torch.where(end, 1., t)
+    B, again = len(x), round(config.t_one * len(x))
+    x, y = (torch.cat([z, z[:again]]) for z in (x, y))
+    t = torch.cat([torch.rand(B, device=x.device), torch.ones(again, device=x.device)])
     xi_y = torch.randn_like(y if config.label_noise == "pixel" else y[:, :, :1, :1]).expand_as(y)
     (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), xi_y, t, config.sigma_min)
-    hat_x, hat_y = velocity(nets.unet, config, x_t, y_t, t)
-    error_x, error_y = ((hat_x - v_x) ** 2).mean((1, 2, 3)), ((hat_y - v_y) ** 2).mean((1, 2, 3))
+    hat_x, hat_y = predict(nets.unet, config, x_t, y_t, t, rows=B)
+    error_x = ((hat_x - v_x)[:B] ** 2).mean((1, 2, 3))
+    error_y = F.cross_entropy(hat_y.mean((2, 3)), y.mean((2, 3)).argmax(1), reduction="none") if config.label_loss == "posterior" else \
+        ((hat_y - v_y) ** 2).mean((1, 2, 3))
     weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map; its error is t times that of v_y
-    losses = {"image": (error_x * ~end).sum() / (~end).sum().clamp_min(1), "label": (weight * error_y).mean()}
+    losses = {"image": error_x.mean(), "label": (weight * error_y).mean()}
     losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
     tenth = F.one_hot((t * 10).long().clamp_max(9), 10).float()
     losses["label_by_t"] = torch.stack([(tenth * error_y.detach()[:, None]).sum(0), tenth.sum(0)])
@@ -206,18 +228,20 @@ def train_step(nets, ema, config, batch, joint):
     if joint:
         x = nets.encode(batch.x, batch)
         losses |= loss(nets, config, x, nets.label_map(batch.y, x.shape[2:]))
-    losses["loss"] = sum(losses[k] for k in ("resnet", "flow") if k in losses)
-    return losses
+    return losses | {"loss": sum(losses[k] for k in ("resnet", "flow") if k in losses)}
 
 
 def guided(nets, config, labels, x, y, t):
-    """v_x, v_y of label maps on their way from `labels` (B,): v_x moved on, w times its distance from the mean over all classes, whose maps would be
-    at t where the label's is, but for (1 - t) times the difference of the colours. After classifier-free guidance (Ho and Salimans 2022), untrained."""
+    """v_x, v_y of label maps on their way from `labels` (B,): v_x moved on, w times its distance from the mean over all classes, of which each step
+    looks at one more, the next in turn. Its map would be at t where the label's is, but for (1 - t) times the difference of the colours. After
+    classifier-free guidance (Ho and Salimans 2022), untrained."""
     v_x, v_y = velocity(nets.unet, config, x, y, t)
     if config.guidance:
-        own, way = nets.label_map(labels, y.shape[2:], noise=False), (1 - t).view(-1, 1, 1, 1)
-        others = (nets.label_map(torch.full_like(labels, k), y.shape[2:], noise=False) for k in range(nets.classes))
-        v_x = v_x + config.guidance * (v_x - sum(velocity(nets.unet, config, x, y + way * (other - own), t)[0] for other in others) / nets.classes)
+        K, step = nets.classes, (t * config.draw_steps).round().long()
+        others = (labels + 1 + step % (K - 1)) % K
+        own, other = (nets.label_map(k, y.shape[2:], noise=False) for k in (labels, others))
+        v_other = velocity(nets.unet, config, x, y + (1 - t).view(-1, 1, 1, 1) * (other - own), t)[0]
+        v_x = v_x + config.guidance * (K - 1) / K * (v_x - v_other)
     return v_x, v_y
 
 
@@ -257,8 +281,9 @@ def distances(y, codes, kind):
 def classify(nets, config, x, noise):
     """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: one call of the network an image, draw and step."""
     B, S = noise.shape[:2]
-    y = flow(nets.unet, config, nets.encode(x).repeat_interleave(S, 0), noise.flatten(0, 1), 1., 0., config.steps)[-1][1].unflatten(0, (B, S))
-    y = nets.decode_map(y)
+    field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 and config.solver == "euler" else None)     # 0: nobody looks at v_x
+    y = flow(nets.unet, config, nets.encode(x).repeat_interleave(S, 0), noise.flatten(0, 1), 1., 0., config.steps, field)[-1][1]
+    y = nets.decode_map(y.unflatten(0, (B, S)))
     each, y = distances(y, nets.codes, config.codes), y.mean(1)
     d = distances(y, nets.codes, config.codes)
     votes = F.one_hot((y.movedim(1, -1)[..., None, :] - nets.codes).norm(dim=-1).argmin(-1), nets.classes).float().mean((1, 2))
@@ -268,7 +293,7 @@ def classify(nets, config, x, noise):
         logits = barycentric(y.mean((2, 3)), nets.codes).clamp_min(1e-3).log()
     else:
         logits = -d / .2
-    p = (logits / nets.temperature).softmax(1)
+    p = ((logits + nets.prior.log()) / nets.temperature).softmax(1)
     best, top = p.argmax(1, keepdim=True), p.topk(2, 1).values
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(nets.classes)
     spread = (each.argmin(2) != best).float().mean(1)
@@ -305,12 +330,13 @@ class Networks(nn.Module):
         self.n_y = self.n_x if config.latent == "rgb" else codes.shape[1]
         mult, attention = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention))
         self.multiple = 2 ** (len(mult) - 1) * (self.codec.net.multiple if self.codec else 1)           # of which the sides of an image must be
-        self.unet = UNet(self.n_x + self.n_y, self.n_x + self.n_y, config.channels, mult, config.blocks, attention, config.head_channels,
-                         num_values=self.n_y if config.pooled else None)
-        self.register_buffer("codes", codes.float())
-        self.register_buffer("temperature", torch.ones(()))
-        self.register_buffer("latent_scale", torch.tensor(config.latent_scale or 1.))
-        self.register_buffer("codec_id", torch.tensor(self.codec.id if self.codec else 0))
+        read = config.label_loss == "posterior"
+        self.unet = UNet(self.n_x + self.n_y, self.n_x + self.n_y * (not read), config.channels, mult, config.blocks, attention, config.head_channels,
+                         num_values=self.n_y if config.pooled else None, num_read=classes if read else None)
+        buffers = dict(codes=codes.float(), prior=torch.ones(classes), temperature=torch.ones(()),      # prior: share over that in balanced training
+                       latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
 
     def shapes(self, size):
         """Of x and y, as they flow, for images of `size` pixels a side."""
@@ -357,6 +383,8 @@ def build(config, facts):
         raise run.UserError(f"--codes rgb: has 64 colours for {len(facts['classes'])} classes; take onehot or simplex")
     if config.pretrain_epochs and not config.baseline:
         raise run.UserError(f"--pretrain-epochs {config.pretrain_epochs} --no-baseline: there is no plain ResNet to train before the flow; leave one out")
+    if config.label_loss == "posterior" and config.codes != "onehot":
+        raise run.UserError(f"--label-loss posterior --codes {config.codes}: gives the probabilities of one-hot codes; add --codes onehot, or take --label-loss map")
     if config.codes == "grey" and not config.beta:
         raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
     if config.latent != "none" and not config.autoencoder:
@@ -370,14 +398,15 @@ def build(config, facts):
                             f"no network can be made of these ({fault})") from None
     if nets.codec and nets.codec.channels == 1 and (facts["channels"] == 3 or config.latent == "rgb"):
         raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images and --latent rgb need one of colour images")
-    if config.size % nets.multiple:
-        low = config.size // nets.multiple * nets.multiple
+    if (low := config.size // nets.multiple * nets.multiple) != config.size:
         raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
     return nets
 
 
 def initialise(nets, data, config):
-    """Measures the latents' spread on some training images; loads ImageNet weights and those of another run, where asked for."""
+    """Measures the latents' spread on some training images, and the classes' shares; loads ImageNet weights and those of another run, where asked for."""
+    if config.balanced:
+        nets.prior.copy_(torch.from_numpy(np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
     if nets.codec and not config.latent_scale:
@@ -444,18 +473,20 @@ def measure(nets, data, config, device, figures):
     """On validation: accuracy, calibration and time against steps and draws; both decisions, the paper's AUROC, and the area under the
     risk-coverage curve of each uncertainty; then what drawn images are worth."""
     val, table = data.val, []
-    for steps, samples in [(n, 1) for n in (1, 2, 5, 10, 25) if (n, 1) != (config.steps, config.samples)] + [(config.steps, config.samples)]:
+    some = val.take(drawn.some_rows(val, config.generated or len(val), config.seed))
+    for steps, samples in dict.fromkeys([*((n, 1) for n in (1, 2, 5, 10, 25)), (1, 4), (config.steps, config.samples)]):
         began = time.monotonic()
-        predictions, uncertainty = evaluate(nets, val, dataclasses.replace(config, steps=steps, samples=samples), device)
-        m = metrics.summary(val.labels, predictions[METHOD])
-        table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(val)})
-    right = predictions[METHOD].argmax(1) == val.labels                 # at the full setting, the last
+        predictions, _ = evaluate(nets, some, dataclasses.replace(config, steps=steps, samples=samples), device)
+        m = metrics.summary(some.labels, predictions[METHOD])
+        table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(some)})
+    predictions, uncertainty = evaluate(nets, val, config, device)
+    right = predictions[METHOD].argmax(1) == val.labels
     parts = zip(*((out.d, out.votes) for *_, out in classified(nets, val, config, device)))
     d, votes = run.gather({i: torch.cat(part).cpu().numpy() for i, part in enumerate(parts)}).values()
     rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
              "auroc_distance": metrics.auroc(val.labels, -d)}
-    found = {"validation_by_steps_and_samples": table, "validation_by_rule": rules,
-             "validation_aurc": {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}}
+    aurc = {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}
+    found = {"validation": metrics.summary(val.labels, predictions[METHOD]), "validation_by_steps_and_samples": table, "validation_by_rule": rules, "validation_aurc": aurc}
     rows = drawn.some_rows(val, config.generated, config.seed)
     if len(rows) > 1:
         images = draw_images(nets, config, val.labels[rows], [f"drawn-{i}" for i in range(len(rows))], device)
@@ -544,7 +575,7 @@ def train(config, resume=None):
     state.write_best(best, out / "best.pt")
     specific = measure(state.ema, data, config, device, out / "figures")
     predictions, uncertainty = evaluate(state.ema, data.test, config, device)
-    result = run.score(data.test, predictions, uncertainty[config.uncertainty], data.train.labels)
+    result = run.score(data.test, predictions | shortcut(data), uncertainty[config.uncertainty], data.train.labels)
     run.write_evaluation(out, data.test, data.classes, predictions, uncertainty[config.uncertainty], state.history, PANELS)
     return run.report(state, out, result, specific, device)             # last: a run with metrics.json is finished
 
@@ -566,28 +597,33 @@ def sample_command(checkpoint, label, n=16, output="", **given):
 
 @torch.no_grad()
 def explain_command(checkpoint, paths=(), limit=0, output="", **given):
-    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the label map it flows to, five points of
-    the way, and the image as every class, drawn from the noise that it flows to itself."""
+    """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): five points of its way, the label map that it flows
+    to, and what each pixel says for itself, and the image as every class, drawn from the noise that it flows to."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
     classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
     for batch, noise, found in classified(nets, split, config, device):
         with run.autocast(config, device):
-            way = flow(nets.unet, config, nets.encode(batch.x), noise[:, 0], 1., 0., config.draw_steps)
+            x = nets.encode(batch.x)
+            way = flow(nets.unet, config, x, noise[:, 0], 1., 0., config.draw_steps)
             own = way[-1][0]                                            # the noise that the image flows to
             stops = [round(j * config.draw_steps / 4) for j in range(5)]
             way = [(nets.decode(way[j][0]), nets.decode_map(way[j][1][None])[0]) for j in stops]
+            pixels = found.y
+            if config.label_loss == "posterior":
+                said = predict(nets.unet, config, x, noise[:, 0], torch.ones(len(x), device=device), rows=0)[1]
+                pixels = F.interpolate(2 * said.softmax(1) - 1, x.shape[2:])
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
         for i, row in enumerate(batch.index):
             name, p = split.ids[row], found.p[i].tolist()
             rows = [[split.images[row], *(plots.to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
-                    [as_picture(nets, config, found.y[i])], [plots.to_uint8(x[i]) for x in of_class]]
+                    [as_picture(nets, config, y[i]) for y in (found.y, pixels)], [plots.to_uint8(x[i]) for x in of_class]]
             best = max(range(len(p)), key=p.__getitem__)
             true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
-            captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}"]]
+            captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}", "by pixel"]]
             captions.append([f"{c}\np {q:.3f}" for c, q in zip(classes, p)])
             plots.image_grid(out / f"{row:04d}-{run.file_name(name)}.png", rows, captions,
-                             ["image to noise", "noise to label map", f"{config.steps} step, {config.samples} draws", "its noise as each class"],
+                             ["image to noise", "noise to label map", f"steps {config.steps}, draws {config.samples}", "its noise as each class"],
                              title=f"{name}: {classes[best]}{true}")
     print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
 

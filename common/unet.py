@@ -108,13 +108,14 @@ class UNet(nn.Module):
     num_classes:  rows of the class embedding, None for a network without y. A null token is a row more, asked for by the caller.
     num_values:   y is float (B, num_values) instead, and enters through a linear layer: what all pixels have in common, of which group norms
                   leave little where it stands in the image's channels.
+    num_read:     entries of `read`, which a linear layer makes of the middle's pixels: what the encoder alone says of the image.
     late_class:   the class enters the up blocks alone: one `encode` of an image then serves the `decode` of every class.
     t is used as it comes (see `sinusoid`). The output has the dtype of torch's convolutions: bfloat16 under autocast.
     Raises ValueError for sides that cannot be halved that often, for y missing or not expected, for odd `channels`, and where
     a level's channels do not divide into its heads.
     """
 
-    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False, num_values=None):
+    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False, num_values=None, num_read=None):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels {channels}: must be even, half for the cosines and half for the sines of t")
@@ -138,6 +139,7 @@ class UNet(nn.Module):
                 skips.append(c)
 
         self.middle = nn.ModuleList([block(c, -1, True), block(c, -1, False)])
+        self.reader = zero(nn.Linear(c, num_read)) if num_read is not None else None
 
         self.up, self.leave = nn.ModuleList(), nn.ModuleList()          # in the order of use: the lowest level first
         for level in reversed(range(len(mult))):
@@ -182,6 +184,10 @@ class UNet(nn.Module):
         With late_class they do not depend on y, which may be left out.
         """
         return self._encode(x, self.time_embedding(t) if self.late_class else self.embed(t, y))
+
+    def read(self, features):
+        """What `encode` gave -> (B, num_read, h, w), of each pixel of the middle."""
+        return self.reader(features[-1].movedim(1, -1)).movedim(-1, 1)
 
     def _decode(self, features, emb):
         *skips, h = features

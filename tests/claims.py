@@ -43,15 +43,17 @@ IDEAS = {                                                               # of a m
     "diffmic": {"eps": dict(target="eps"), "uniform": dict(roi_weight="uniform"), "deep": dict(deep_supervision=False),
                 "constant": dict(guide_schedule="constant"), "uncalibrated": dict(calibrate=False), "roi": dict(roi_size=8),
                 "ema": dict(prior_source="ema"), "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
-    "symmflow": {"rgb": dict(codes="rgb"), "simplex": dict(codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
-                 "velocity": dict(label_loss="velocity"), "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False),
-                 "apart": dict(pooled=False), "balanced": dict(balanced=True)},
+    "symmflow": {"map": dict(label_loss="map"), "velocity": dict(label_loss="velocity"), "rgb": dict(label_loss="map", codes="rgb"),
+                 "simplex": dict(label_loss="map", codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
+                 "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True)},
     "diffclassifier": {"independent": dict(stratified=False), "late": dict(late_class=True), "band": dict(loss_weight="band"),
                        "min-snr": dict(loss_weight="min-snr"), "balanced": dict(balanced=True)},
 }
 BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}, "diffclassifier": {}}              # DiffMIC's were measured before prior dropout was found to help
 CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items() if base}
 CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
+for name in IDEAS["symmflow"]:
+    CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
 
@@ -223,7 +225,7 @@ def votes(folder):
 def pictures(folder):
     """The README's pictures, out of a toy run."""
     method = json.loads((Path(folder) / "metrics.json").read_text())["method"]
-    return {"diffmic": diffmic_pictures, "symmflow": symmflow_pictures}[method](folder)
+    return {"diffmic": diffmic_pictures, "symmflow": symmflow_pictures, "diffclassifier": diffclassifier_pictures}[method](folder)
 
 
 def symmflow_pictures(folder):
@@ -235,6 +237,17 @@ def symmflow_pictures(folder):
         symmflow.explain_command(Path(folder) / "best.pt", limit=8, output=out)
         shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / "symmflow-explain.png")
     return RESULTS / "symmflow-explain.png"
+
+
+def diffclassifier_pictures(folder):
+    """The rules by number of levels, errors by log-SNR, accuracy against coverage; one explanation; drawn images of a class."""
+    diffclassifier = importlib.import_module("diffclassifier")
+    for name in ("rules", "errors", "coverage"):
+        shutil.copy(Path(folder) / "figures" / f"{name}.png", RESULTS / f"diffclassifier-{name}.png")
+    with tempfile.TemporaryDirectory() as out:
+        diffclassifier.explain_command(Path(folder) / "best.pt", limit=8, output=out)
+        shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / "diffclassifier-explain.png")
+    return RESULTS / "diffclassifier-explain.png"
 
 
 def diffmic_pictures(folder):

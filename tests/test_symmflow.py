@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import symmflow
@@ -76,7 +77,7 @@ def pictures(n, size=16, channels=3, classes=5):
 
 def stand_in(unet, kind, K, beta=4.):
     """All that `classify` asks of networks, for pixels and any velocity."""
-    return SimpleNamespace(unet=unet, codes=symmflow.class_codes(kind, K, beta)[0].float(), classes=K, temperature=torch.ones(()),
+    return SimpleNamespace(unet=unet, codes=symmflow.class_codes(kind, K, beta)[0].float(), classes=K, prior=torch.ones(K), temperature=torch.ones(()),
                            encode=lambda x: x, decode_map=lambda y: y)
 
 
@@ -230,6 +231,65 @@ def test_the_preconditioning_is_the_least_squares_slope_of_the_velocity_on_the_p
     assert not any(v.any() for v in plain)
 
 
+@torch.no_grad()
+def test_preconditioned_the_network_sees_no_noise_where_there_is_nothing_else():
+    config, given = tiny(precondition=True, codes="onehot"), []
+    nets, x, y = networks(config), torch.randn(2, 3, 16, 16), torch.randn(2, 5, 16, 16)
+    nets.unet.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    for time in (0., 1., .5):
+        symmflow.velocity(nets.unet, config, x, y, torch.full((2,), time))
+    start, end, middle = given
+    assert not start[:, :3].any() and torch.equal(start[:, 3:], y) and torch.equal(end[:, :3], x) and not end[:, 3:].any()
+    assert torch.allclose(middle, torch.cat([x, y], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", ["pixel", "shared"])
+def test_posterior_the_velocity_leads_to_the_mean_of_the_codes_under_p(noise):
+    config = tiny(label_loss="posterior", codes="onehot", precondition=True, label_noise=noise, sigma_min=0.)
+    nets, x, y = networks(config), torch.randn(2, 3, 16, 16), torch.randn(2, 5, 16, 16)
+    for time in (1., .6, .1, 0.):
+        t = torch.full((2,), time)
+        p = symmflow.predict(nets.unet, config, x, y, t)[1].mean((2, 3)).softmax(1)
+        mean = torch.einsum("bk,kd->bd", p, nets.codes)[..., None, None].expand(-1, -1, 16, 16)
+        v_y = symmflow.velocity(nets.unet, config, x, y, t)[1]
+        assert torch.allclose(y - time * v_y if time else -v_y, mean, atol=1e-5) and p.std(1).min() > 1e-3
+    found = symmflow.classify(nets, config, x, torch.stack([y, -y], 1))
+    p = symmflow.predict(nets.unet, config, x, y, torch.ones(2))[1].mean((2, 3)).softmax(1)
+    assert torch.allclose(found.p, p, atol=1e-4) and not found.spread.any()      # at t = 1 the label's noise is not seen: the draws agree
+
+
+def test_posterior_the_loss_is_the_cross_entropy_of_the_class(seen):
+    config = tiny(label_loss="posterior", codes="onehot", image_weight=0.)
+    nets, labels = networks(config), torch.arange(16) % 5
+    found = symmflow.loss(nets, config, images(16), nets.label_map(labels, (16, 16)))
+    (given, ((x_t, y_t), _)), = seen
+    logits = symmflow.predict(nets.unet, config, x_t, y_t, given[4])[1].mean((2, 3))
+    assert found["label"].item() == found["flow"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    found["flow"].backward()
+    assert nets.unet.reader.weight.grad.any() and not nets.unet.leave[-1][-1].weight.grad.any() and nets.unet.leave[-1][-1].out_channels == 3
+
+
+@pytest.mark.parametrize("codes", ["rgb", "grey", "simplex"])
+def test_posterior_is_of_one_hot_codes(codes):
+    with pytest.raises(run.UserError, match=f"--label-loss posterior --codes {codes}: .*--codes onehot"):
+        networks(tiny(label_loss="posterior", codes=codes))
+
+
+@torch.no_grad()
+def test_balanced_training_is_undone_in_the_probabilities():
+    config = tiny(balanced=True, codes="onehot")
+    nets, data = networks(config), load_for(configure(data="toy", size=16))
+    symmflow.initialise(nets, data, config)
+    shares = torch.from_numpy(np.bincount(data.train.labels) / len(data.train))
+    assert torch.allclose(nets.prior.double(), shares * 5, atol=1e-6) and shares.max() > 2 * shares.min()
+    x, noise = images(6), torch.randn(6, 1, 5, 16, 16)
+    with_shares = symmflow.classify(nets, config, x, noise).p
+    nets.prior.fill_(1)
+    without = symmflow.classify(nets, config, x, noise).p * shares
+    assert torch.allclose(with_shares.double(), without / without.sum(1, keepdim=True), atol=1e-5)
+
+
 def test_the_loss_of_the_label_map_is_the_squared_error_of_where_the_velocity_leads(seen):
     config = tiny(label_loss="map")
     nets = networks(config)
@@ -273,27 +333,36 @@ def test_the_networks_time_is_that_of_the_path_times_its_scale(monkeypatch, scal
     assert torch.equal(t, of_path * scale)
 
 
-def test_a_share_of_the_images_is_at_the_one_time_that_classification_uses(monkeypatch):
-    t, *_ = times_seen(monkeypatch, tiny(t_one=.3))
-    assert (t == 1).float().mean().item() == pytest.approx(.3, abs=.05)
-    assert abs(t[t < 1].mean() - .5) < .03
+@pytest.mark.parametrize("share, n", [(.3, 600), (1., 2000)])
+def test_a_share_of_the_images_is_seen_again_at_the_one_time_that_classification_uses(monkeypatch, share, n):
+    t, *_ = times_seen(monkeypatch, tiny(t_one=share))
+    assert len(t) == 2000 + n and (t[2000:] == 1).all() and (t[:2000] < 1).all() and abs(t[:2000].mean() - .5) < .03
 
 
-def test_with_all_images_at_one_there_is_no_image_loss_and_still_a_label_loss(monkeypatch):
-    t, _, losses = times_seen(monkeypatch, tiny(t_one=1.))
-    assert (t == 1).all() and losses["image"] == 0 and losses["label"] > .5
-    assert losses["flow"].item() == pytest.approx(.3 * losses["label"].item())
+def test_posterior_the_decoder_sees_no_image_a_second_time():
+    config, seen_by = tiny(label_loss="posterior", codes="onehot", t_one=.5), Counter()
+    nets = networks(config)
+    nets.unet.enter[0].register_forward_hook(lambda module, args, out: seen_by.update(encoder=len(out)))
+    nets.unet.leave[-1].register_forward_hook(lambda module, args, out: seen_by.update(decoder=len(out)))
+    symmflow.loss(nets, config, images(8), nets.label_map(torch.arange(8) % 5, (16, 16)))
+    assert seen_by == {"encoder": 12, "decoder": 8}
+    seen_by.clear()
+    with torch.no_grad():
+        symmflow.classify(nets, config, images(8), torch.randn(8, 1, 5, 16, 16))
+        assert seen_by == {"encoder": 8}                                # one step: nobody looks at the image's velocity
+        symmflow.classify(nets, dataclasses.replace(config, steps=2), images(8), torch.randn(8, 1, 5, 16, 16))
+    assert seen_by == {"encoder": 24, "decoder": 16}
 
 
 def test_images_at_one_do_not_enter_the_image_loss_and_all_enter_that_of_the_labels(seen):
     config = tiny(t_one=.5)
     nets = networks(config)
     losses = symmflow.loss(nets, config, images(32), nets.label_map(torch.arange(32) % 5, (16, 16)))
-    (*_, t, _), ((x_t, y_t), (v_x, v_y)) = seen[0]
+    (images_seen, *_, t, _), ((x_t, y_t), (v_x, v_y)) = seen[0]
     with torch.no_grad():
         hat = nets.unet(torch.cat([x_t, y_t], 1), t)
     error_x, error_y = (hat[:, :3] - v_x).square().mean((1, 2, 3)), (hat[:, 3:] - v_y).square().mean((1, 2, 3))
-    assert 5 < (t == 1).sum() < 27
+    assert (t == 1).sum() == 16 and torch.equal(images_seen[32:], images_seen[:16])
     assert losses["image"].item() == pytest.approx(error_x[t < 1].mean().item(), rel=1e-5)
     assert losses["label"].item() == pytest.approx(error_y.mean().item(), rel=1e-5)
 
@@ -1445,7 +1514,7 @@ def test_what_explain_shows_is_the_way_from_image_and_noise_and_the_image_as_eve
     with torch.no_grad():
         way = symmflow.flow(nets.unet, config, x, noise, 1., 0., config.draw_steps)
         again = [plots.to_uint8(symmflow.draw(nets, config, torch.tensor([k]), way[-1][0])[0]) for k in range(5)]
-    assert (len(x_way), len(y_way), len(read_as), len(as_class)) == (5, 5, 1, 5) and len(names) == 4
+    assert (len(x_way), len(y_way), len(read_as), len(as_class)) == (5, 5, 2, 5) and len(names) == 4
     assert np.array_equal(x_way[0], split.images[0]) and np.array_equal(x_way[4], plots.to_uint8(way[-1][0][0]))
     assert np.array_equal(y_way[0], symmflow.as_picture(nets, config, noise[0])) and np.array_equal(y_way[4], symmflow.as_picture(nets, config, way[-1][1][0]))
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(as_class, again, strict=True))

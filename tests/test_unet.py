@@ -182,6 +182,16 @@ def test_values_enter_through_a_linear_layer_beside_the_time():
 
 
 @torch.no_grad()
+def test_what_is_read_is_linear_in_the_pixels_of_the_middle():
+    net, (x, t) = worn(tiny(num_read=3)), inputs()
+    features = net.encode(x, t)
+    wanted = torch.einsum("bchw,kc->bkhw", features[-1], net.reader.weight) + net.reader.bias.view(3, 1, 1)
+    assert torch.allclose(net.read(features), wanted, atol=1e-5) and wanted.std() > 1e-3
+    fresh = tiny(num_read=3)
+    assert not fresh.read(fresh.encode(x, t)).any() and tiny().reader is None and torch.equal(net(x, t), net.decode(features, t))
+
+
+@torch.no_grad()
 def test_a_late_class_enters_the_up_blocks_alone_so_that_one_encoding_serves_all_classes():
     (x, t), y = inputs(), torch.tensor([1, 0])
     late, early = worn(tiny(num_classes=2, late_class=True)), worn(tiny(num_classes=2))
