@@ -130,8 +130,8 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=12, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4", attention="4", head_channels=16, blocks=1,
-             dim=128, depth=6, wavelet=False, votes=51, judged=250, time_scale=20.)
+SMALL = dict(size=64, epochs=8, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="4", head_channels=16, blocks=1,
+             dim=128, depth=6, wavelet=False, votes=25, val_votes=1, judged=250, time_scale=20.)
 DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
 PLUS = dict(rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",

@@ -148,7 +148,7 @@ def ideas_table(method):
     for name in ("", *["-base"] * bool(BASE[method]), *(f"-{idea}" for idea in IDEAS[method])):
         for record in records(f"{method}-toy{name}")[:1]:
             val, test = validation(record), record["test"]
-            option = command(f"{method}-toy{name}", 0).partition(".py ")[2]
+            option = command(f"{method}-toy{name}", 0).partition(".py ")[2].replace(" --generated 20", "")
             lines.append(f"| {f'`{option}`' if option else '`plus`'} | {val['accuracy']:.3f} | {val['nll']:.3f} | {test['accuracy']:.3f} | "
                          f"{test['f1_macro']:.3f} | {record['selected_epoch']} |")
     return "\n".join(lines)

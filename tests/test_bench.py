@@ -22,6 +22,8 @@ def results(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("row", bench.ROWS)
 def test_a_row_runs_both_sides_and_prints_their_ratio(row, results, capsys):
+    if row.startswith("stop") and not bench.VOTES.exists():
+        pytest.skip("no votes are stored: python -m tests.claims --votes RUN")
     record = bench.main(["--quick", "--only", row])
     assert list(record["rows"]) == [row]
     times = record["rows"][row]
