@@ -593,9 +593,7 @@ def sample_command(checkpoint, label, n=16, output="", **given):
         with run.autocast(config, device):                              # at time 1 nothing is left of the zeros
             images += list(draw(nets, config, torch.zeros(len(part), *nets.shape, device=device), torch.full((len(part),), k, device=device), part))
     out = run.result_folder(output, checkpoint, "sample", config)
-    for name, image in zip(ids, images):
-        plots.picture(image).save(out / f"{run.file_name(name)}.png")
-    print(f"{n} images of {classes[k]}: {plots.image_grid(out / 'samples.png', np.stack(images), title=classes[k])}")
+    run.save_images(out, ids, np.stack(images), classes[k])
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ B images, K classes, D channels of a colour, S noise draws. One step of an exact
 
     python symmflow.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python symmflow.py --data retinamnist --root DIR --scale small
-    python symmflow.py eval --checkpoint RUN/best.pt
     python symmflow.py predict --checkpoint RUN/best.pt a.jpg folder/
     python symmflow.py sample --checkpoint RUN/best.pt --label 3 -n 64
     python symmflow.py explain --checkpoint RUN/best.pt           # of test images, or of those named behind it
@@ -23,26 +22,25 @@ Read differently from the paper, and why
  1. s = 0; the authors' code leaves s = 1e-4 of the label in y_1. w = 0.7 and one-cycle AdamW from and to 1e-6 are its documented command's
     (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
  2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
-    paper's is 2 beta. Drawing starts at the clean colour, and label maps that are encoded (--latent rgb) are clean, one a class.
+    paper's is 2 beta. Drawing starts at the clean colour, and so do encoded label maps (--latent rgb).
  3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (README).
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
     y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
  5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
- 6. Latents: the posterior's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once; only what is looked at is
-    decoded. --latent grid puts the codes on the latent grid and classifies without any decoder.
-`--recipe plus`, each a field of PLUS below: equidistant codes; t times 1000 before its embedding; every image once more at t = 1, for the label
-alone; one noise for all pixels of a label map (label_noise): of noise a pixel the mean over a thousand pixels leaves nothing, so that y_t gives the
-label away at every t < 1. label_loss posterior: the encoder gives p(k | x_t, y_t), learnt by cross-entropy, and v_y = (y_t - sum_k p_k c_k) / t, as in
-variational flow matching (Eijkelboom et al. 2024); classification needs no decoder. precondition: the U-Net need not learn to copy, and at t = 1 sees
-no noise of the label, so that one draw will do. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class.
+ 6. Latents: the encoder's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once. --latent grid needs no decoder to classify.
+`--recipe plus`, which --scale small and so the toy set takes unless told otherwise; each a field of PLUS below, worth what the README says:
+    p = softmax of what the U-Net's encoder says;  v_y = (y_t - sum_k p_k c_k) / t;  L_y = -log p_label          `outputs`, `velocity`, `loss`
+as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes; t times 1000 before its
+embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: the mean of noise a pixel over a thousand pixels
+is nothing, so that y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
+one draw will do. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
 """
 # ============================================================================= 2 imports
 import dataclasses
 import math
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -113,20 +111,20 @@ class Config:
     sigma_min: float = 0.  # [0..1] s of the path; the authors' code: 1e-4
     image_weight: float = 0.7  # [0..1] w of the loss
     time_scale: float = 1.  # [0..] t is multiplied by it before its embedding; 1 leaves the embedding nearly flat
-    label_loss: Literal["velocity", "map", "posterior"] = "velocity"  # squared error of v_y, or t^2 of it: of the label map; or cross-entropy of its class
-    precondition: bool = False  # the U-Net adds to the least-squares guess of the velocity, and sees those of x_1 and y_0 in place of x_t and y_t
+    label_loss: Literal["velocity", "map", "posterior"] = "velocity"  # squared error of v_y; t^2 of it: of the label map; or cross-entropy of its class
+    precondition: bool = False  # the U-Net adds to linear guesses of the velocity, and sees those of x_1 and y_0 in place of x_t and y_t
     label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y of each pixel, whose mean gives the label away at t < 1, or one for all pixels
-    pooled: bool = False  # the mean pixel of y_t also enters with the time embedding; in the image's channels group norms hide what is constant
+    pooled: bool = False  # the mean pixel of the label map also enters with the time embedding, past the group norms, which hide what is constant
     t_one: float = 0.  # [0..1] share of training images seen once more, at t = 1, all that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
     guidance: float = 0.  # [0..] how far drawing leaves the mean of all classes' velocities behind, at a second network call a step
     solver: Literal["euler", "heun"] = "euler"  # one network call a step, or two
-    samples: int = 1  # [1..] noise draws whose label maps are averaged
+    samples: int = 1  # [1..] noise draws whose label maps are averaged; with precondition and one step they agree
     decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
     calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by; spread needs more samples than one
-    generated: int = 500  # [0..] images drawn to be measured at the end, and of validation classified with other steps and draws; 0: none, and all
+    generated: int = 500  # [0..] images drawn and measured at the end, and validation images of the table of steps; 0: none drawn, all in the table
 
 
 SMALL = dict(epochs=14, batch_size=16, lr=3e-3, ema=0.99, width=8, channels=16, mult="1,2,4,4", attention="4", head_channels=16, blocks=1, generated=100)
@@ -172,16 +170,15 @@ def path(x, y, xi_x, xi_y, t, s):
     return (((1 - (1 - s) * t) * xi_x + t * x, (1 - (1 - s) * t) * y + t * xi_y), (x - (1 - s) * xi_x, xi_y - (1 - s) * y))
 
 
-def predict(unet, config, x, y, t, rows=None):
-    """What the U-Net says at the point x, y (B, ., H, W) and time t (B,): v_x, and v_y or, for label_loss posterior, what each pixel of the middle
-    says, (B, K, h, w), of p(k | x_t, y_t): their mean is its logits. For these the encoder will do: with `rows` the decoder is run for the first
-    `rows` alone, and the others' v_x means nothing."""
+def outputs(unet, config, x, y, t, rows=None):
+    """What the U-Net says at the point x, y (B, ., H, W) and time t (B,): v_x, and v_y or, with label_loss posterior, in its place logits of
+    p(k | x_t, y_t), one for each pixel of the middle, (B, K, h, w), whose mean counts. rows: the decoder runs for the first so many only."""
     guess_x = guess_y = 0.
-    if config.precondition:                                             # entries of x_1, y_0 and noise have a mean square of about 1
-        w = t.view(-1, 1, 1, 1)
-        variance = w ** 2 + (1 - w) ** 2
-        guess_x, guess_y = ((2 * w - 1) / variance * z for z in (x, y))
-        x, y = w / variance * x, (1 - w) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
+    if config.precondition:                                             # entries of y_0 and noise have a mean square of 1, those of x_1 of m
+        w, m = t.view(-1, 1, 1, 1), unet.mean_square
+        of_x, of_y = m * w ** 2 + (1 - w) ** 2, w ** 2 + (1 - w) ** 2    # mean squares of x_t and y_t
+        guess_x, guess_y = (m * w - (1 - w)) / of_x * x, (w - (1 - w)) / of_y * y
+        x, y = m * w / of_x * x, (1 - w) / of_y * y                     # guesses of x_1 and y_0: no noise where there is nothing else
     z, given = torch.cat([x, y], 1), (t * config.time_scale, *[y.mean((2, 3))] * config.pooled)
     if config.label_loss != "posterior":
         out = unet(z, *given).float()
@@ -194,24 +191,25 @@ def predict(unet, config, x, y, t, rows=None):
 
 def velocity(unet, config, x, y, t, rows=None):
     """v_x, v_y at the point x, y (B, ., H, W) and time t (B,)."""
-    v_x, v_y = predict(unet, config, x, y, t, rows)
-    if config.label_loss == "posterior":                                # v_y leads from y_t to the mean of the codes, sum_k p_k c_k; c_k = 2 e_k - 1
-        y_0, t = 2 * v_y.mean((2, 3), keepdim=True).softmax(1) - 1, t.view(-1, 1, 1, 1)
-        v_y = torch.where(t > 0, (y - y_0) / t.clamp_min(1e-3), -y_0)
-    return v_x, v_y
+    v_x, said = outputs(unet, config, x, y, t, rows)
+    if config.label_loss != "posterior":
+        return v_x, said
+    p, t = said.mean((2, 3), keepdim=True).softmax(1), t.view(-1, 1, 1, 1)
+    y_0 = 2 * p - 1                                                     # sum_k p_k c_k, to which v_y leads; c_k = 2 e_k - 1. At t = 0 y_t is y_0
+    return v_x, torch.where(t > 0, (y - y_0) / t.clamp_min(1e-6), (config.sigma_min - 1) * y)
 
 
 def loss(nets, config, x, y):
-    """The flow-matching loss of images, or latents, x and label maps y -> dict of scalars, and the error of v_y by tenths of t."""
-    B, again = len(x), round(config.t_one * len(x))
+    """The flow-matching loss of images, or latents, x and label maps y -> dict of scalars, and the label's by tenths of t."""
+    B, again = len(x), int(config.t_one * len(x) + torch.rand(()).item())
     x, y = (torch.cat([z, z[:again]]) for z in (x, y))
     t = torch.cat([torch.rand(B, device=x.device), torch.ones(again, device=x.device)])
     xi_y = torch.randn_like(y if config.label_noise == "pixel" else y[:, :, :1, :1]).expand_as(y)
     (x_t, y_t), (v_x, v_y) = path(x, y, torch.randn_like(x), xi_y, t, config.sigma_min)
-    hat_x, hat_y = predict(nets.unet, config, x_t, y_t, t, rows=B)
+    hat_x, said = outputs(nets.unet, config, x_t, y_t, t, rows=B)
     error_x = ((hat_x - v_x)[:B] ** 2).mean((1, 2, 3))
-    error_y = F.cross_entropy(hat_y.mean((2, 3)), y.mean((2, 3)).argmax(1), reduction="none") if config.label_loss == "posterior" else \
-        ((hat_y - v_y) ** 2).mean((1, 2, 3))
+    error_y = F.cross_entropy(said.mean((2, 3)), y.mean((2, 3)).argmax(1), reduction="none") if config.label_loss == "posterior" else \
+        ((said - v_y) ** 2).mean((1, 2, 3))                             # the class is read off its label map
     weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map; its error is t times that of v_y
     losses = {"image": error_x.mean(), "label": (weight * error_y).mean()}
     losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
@@ -232,9 +230,8 @@ def train_step(nets, ema, config, batch, joint):
 
 
 def guided(nets, config, labels, x, y, t):
-    """v_x, v_y of label maps on their way from `labels` (B,): v_x moved on, w times its distance from the mean over all classes, of which each step
-    looks at one more, the next in turn. Its map would be at t where the label's is, but for (1 - t) times the difference of the colours. After
-    classifier-free guidance (Ho and Salimans 2022), untrained."""
+    """v_x + w (v_x - its mean over all classes), and v_y, of label maps on their way from `labels` (B,); after Ho and Salimans 2022, untrained. Each step
+    looks at one other class, the next in turn, hence (K - 1) / K: begun at its colour c, the map would now be (1 - t) (c - c_label) away."""
     v_x, v_y = velocity(nets.unet, config, x, y, t)
     if config.guidance:
         K, step = nets.classes, (t * config.draw_steps).round().long()
@@ -252,7 +249,7 @@ def flow(unet, config, x, y, start, end, steps, field=None):
     for t, after in zip(times, times[1:]):
         (x, y), h = states[-1], after - t
         v_x, v_y = field(x, y, torch.full((len(x),), t, device=x.device))
-        if config.solver == "heun":                                     # the mean of both ends of the Euler step
+        if config.solver == "heun" and after > 0:                       # the mean of both ends of the Euler step; at t = 0 no v_y knows xi_y
             w_x, w_y = field(x + h * v_x, y + h * v_y, torch.full((len(x),), after, device=x.device))
             v_x, v_y = (v_x + w_x) / 2, (v_y + w_y) / 2
         states.append((x + h * v_x, y + h * v_y))
@@ -266,7 +263,7 @@ class Prediction(NamedTuple):
     distance: torch.Tensor              # (B,) d of the class: the paper's uncertainty
     entropy: torch.Tensor               # (B,) of p, over log K: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
-    spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
+    spread: torch.Tensor                # (B,) share of the draws that are nearest to another colour than their mean is
     y: torch.Tensor                     # (B, D, H, W) the label map, mean of the draws
 
 
@@ -279,9 +276,9 @@ def distances(y, codes, kind):
 
 
 def classify(nets, config, x, noise):
-    """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: one call of the network an image, draw and step."""
+    """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: a call of the network an image, draw and Euler step."""
     B, S = noise.shape[:2]
-    field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 and config.solver == "euler" else None)     # 0: nobody looks at v_x
+    field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 else None)            # 0: nobody looks at v_x
     y = flow(nets.unet, config, nets.encode(x).repeat_interleave(S, 0), noise.flatten(0, 1), 1., 0., config.steps, field)[-1][1]
     y = nets.decode_map(y.unflatten(0, (B, S)))
     each, y = distances(y, nets.codes, config.codes), y.mean(1)
@@ -290,13 +287,14 @@ def classify(nets, config, x, noise):
     if config.decision == "mode":
         logits = votes.clamp_min(1e-3).log()
     elif config.codes in ("onehot", "simplex"):                         # one step ends at the sum of p(k | x) c_k: p can be read off
-        logits = barycentric(y.mean((2, 3)), nets.codes).clamp_min(1e-3).log()
+        floor = 1e-6 if config.label_loss == "posterior" else 1e-3      # what is not probabilities by design may be negative
+        logits = barycentric(y.mean((2, 3)), nets.codes).clamp_min(floor).log()
     else:
         logits = -d / .2
     p = ((logits + nets.prior.log()) / nets.temperature).softmax(1)
     best, top = p.argmax(1, keepdim=True), p.topk(2, 1).values
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(nets.classes)
-    spread = (each.argmin(2) != best).float().mean(1)
+    spread = (each.argmin(2) != d.argmin(1, keepdim=True)).float().mean(1)
     return Prediction(p, votes, d, d.gather(1, best)[:, 0], entropy, 1 - (top[:, 0] - top[:, 1]), spread, y)
 
 
@@ -304,15 +302,13 @@ def barycentric(y, codes):
     """The weights (B, K), summing to 1, with which equidistant codes (K, D) give y (B, D); noise may make some negative."""
     centre = codes.mean(0)
     scale = (codes[0] - centre).square().sum() * len(codes) / (len(codes) - 1)
-    # a sum and no matrix product, which autocast would round to bfloat16
-    return ((y - centre).float()[:, None] * (codes - centre)).sum(-1) / scale + 1 / len(codes)
+    return ((y - centre).float()[:, None] * (codes - centre)).sum(-1) / scale + 1 / len(codes)      # no matrix product: autocast would round it
 
 
 def draw(nets, config, labels, noise):
     """Labels (B,) and noise (B, channels, H, W), or of latents -> images in [-1, 1]: t = 0 -> 1."""
     y = nets.label_map(labels, noise.shape[2:], noise=False)
-    field = partial(guided, nets, config, labels)
-    return nets.decode(flow(nets.unet, config, noise, y, 0., 1., config.draw_steps, field)[-1][0]).clamp(-1, 1)
+    return nets.decode(flow(nets.unet, config, noise, y, 0., 1., config.draw_steps, partial(guided, nets, config, labels))[-1][0]).clamp(-1, 1)
 
 
 # ============================================================================= 5 networks
@@ -337,6 +333,7 @@ class Networks(nn.Module):
                        latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
         for name, value in buffers.items():
             self.register_buffer(name, value)
+        self.unet.register_buffer("mean_square", torch.ones(()))        # of what flows, measured, for `outputs`
 
     def shapes(self, size):
         """Of x and y, as they flow, for images of `size` pixels a side."""
@@ -366,8 +363,8 @@ class Networks(nn.Module):
         if self.config.latent != "rgb":
             return label_map(self.codes, self.noise_width, labels, size, noise)
         if self.maps is None:
-            pixels = [side * self.codec.net.multiple for side in size]
-            self.maps = self.codec.encode(label_map(self.codes, 0., torch.arange(self.classes, device=labels.device), pixels, noise=False))
+            sides, every = [side * self.codec.net.multiple for side in size], torch.arange(self.classes, device=labels.device)
+            self.maps = self.codec.encode(label_map(self.codes, 0., every, sides, noise=False))
         return self.maps.to(labels.device)[labels] * self.latent_scale
 
     def decode_map(self, y):
@@ -384,13 +381,17 @@ def build(config, facts):
     if config.pretrain_epochs and not config.baseline:
         raise run.UserError(f"--pretrain-epochs {config.pretrain_epochs} --no-baseline: there is no plain ResNet to train before the flow; leave one out")
     if config.label_loss == "posterior" and config.codes != "onehot":
-        raise run.UserError(f"--label-loss posterior --codes {config.codes}: gives the probabilities of one-hot codes; add --codes onehot, or take --label-loss map")
+        raise run.UserError(f"--label-loss posterior --codes {config.codes}: gives the probabilities of one-hot codes; add --label-loss map for these")
+    if config.label_loss == "posterior" and config.decision == "mode":
+        raise run.UserError("--decision mode: with --label-loss posterior all pixels have one colour; take --decision mean")
+    if config.uncertainty == "spread" and (config.samples == 1 or config.precondition and config.steps == 1):
+        raise run.UserError("--uncertainty spread: the draws do not differ here; add --samples 4 --steps 2, or take entropy")
     if config.codes == "grey" and not config.beta:
         raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
     if config.latent != "none" and not config.autoencoder:
         raise run.UserError(f"--latent {config.latent}: needs --autoencoder FILE")
     if config.latent == "rgb" and config.codes != "rgb":
-        raise run.UserError(f"--latent rgb --codes {config.codes}: only the palette can be encoded as a picture; take --latent grid")
+        raise run.UserError(f"--latent rgb --codes {config.codes}: only the palette can be encoded as a picture; take --latent grid, or add --codes rgb --label-loss map")
     try:
         nets = Networks(config, facts["channels"], len(facts["classes"]))
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
@@ -404,22 +405,24 @@ def build(config, facts):
 
 
 def initialise(nets, data, config):
-    """Measures the latents' spread on some training images, and the classes' shares; loads ImageNet weights and those of another run, where asked for."""
+    """Measures the spread of some training images or latents, and the classes' shares; loads ImageNet weights and those of another run, where asked for."""
     if config.balanced:
         nets.prior.copy_(torch.from_numpy(np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
-    if nets.codec and not config.latent_scale:
-        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
-        nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
+    some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
+    x = torch.cat([nets.encode(part) for part in some.x.split(8)])
+    scale = x.std() if nets.codec and not config.latent_scale else 1.
+    nets.latent_scale.div_(scale)
+    nets.unet.mean_square.copy_((x / scale).square().mean())
     if config.init:
         run.load_init(nets, config.init, METHOD)
 
 
 def parameter_groups(nets, config):
     """AdamW's groups: name, parameters, peak learning rate, largest gradient norm (0: none)."""
-    groups = {"resnet": nets.resnet, "flow": nets.unet}
-    return [dict(name=name, params=list(net.parameters()), lr=config.lr, peak=config.lr, clip=config.clip, weight_decay=0.) for name, net in groups.items() if net]
+    return [dict(name=name, params=list(net.parameters()), lr=config.lr, peak=config.lr, clip=config.clip, weight_decay=0.)
+            for name, net in (("resnet", nets.resnet), ("flow", nets.unet)) if net]
 
 
 def learning_rate(config, group, epoch):
@@ -444,20 +447,24 @@ def classified(nets, split, config, device):
         yield batch, noise, found
 
 
+def collect(nets, split, config, device):
+    """The Predictions of a whole split, over all processes: {field: (N, ...)} float64, without the label maps."""
+    rows = zip(*(out[:-1] for *_, out in classified(nets, split, config, device)))
+    return run.gather({name: torch.cat(v).cpu().numpy().astype(np.float64) for name, v in zip(Prediction._fields, rows)})
+
+
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
     """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first."""
     nets.eval()
-    rows = defaultdict(list)
-    for batch, _, out in classified(nets, split, config, device):
-        for kind, value in [(METHOD, out.p), *((kind, getattr(out, kind)) for kind in KINDS)]:
-            rows[kind].append(value)
-        if nets.resnet is not None:
+    found, rows = collect(nets, split, config, device), []
+    predictions = {METHOD: found["p"]}
+    if nets.resnet is not None:
+        for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
             with run.autocast(config, device):
-                rows["resnet"].append(nets.resnet(batch.x).float().softmax(1))
-    rows = run.gather({k: torch.cat(v).cpu().numpy().astype(np.float64) for k, v in rows.items()})
-    uncertainty = {k: rows.pop(k) for k in KINDS}
-    return rows, uncertainty
+                rows.append((nets.resnet(batch.x).float() + nets.prior.log()).softmax(1).cpu().numpy().astype(np.float64))
+        predictions |= run.gather({"resnet": np.concatenate(rows)})
+    return predictions, {kind: found[kind] for kind in KINDS}
 
 
 def calibrate(nets, split, config, device):
@@ -476,17 +483,14 @@ def measure(nets, data, config, device, figures):
     some = val.take(drawn.some_rows(val, config.generated or len(val), config.seed))
     for steps, samples in dict.fromkeys([*((n, 1) for n in (1, 2, 5, 10, 25)), (1, 4), (config.steps, config.samples)]):
         began = time.monotonic()
-        predictions, _ = evaluate(nets, some, dataclasses.replace(config, steps=steps, samples=samples), device)
-        m = metrics.summary(some.labels, predictions[METHOD])
+        m = metrics.summary(some.labels, collect(nets, some, dataclasses.replace(config, steps=steps, samples=samples), device)["p"])
         table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(some)})
-    predictions, uncertainty = evaluate(nets, val, config, device)
-    right = predictions[METHOD].argmax(1) == val.labels
-    parts = zip(*((out.d, out.votes) for *_, out in classified(nets, val, config, device)))
-    d, votes = run.gather({i: torch.cat(part).cpu().numpy() for i, part in enumerate(parts)}).values()
-    rules = {"accuracy_mean": metrics.accuracy(val.labels, d.argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, votes.argmax(1)),
-             "auroc_distance": metrics.auroc(val.labels, -d)}
-    aurc = {kind: metrics.aurc(right, u) for kind, u in uncertainty.items()}
-    found = {"validation": metrics.summary(val.labels, predictions[METHOD]), "validation_by_steps_and_samples": table, "validation_by_rule": rules, "validation_aurc": aurc}
+    full = collect(nets, val, config, device)
+    right = full["p"].argmax(1) == val.labels
+    rules = {"accuracy_mean": metrics.accuracy(val.labels, full["d"].argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, full["votes"].argmax(1)),
+             "auroc_distance": metrics.auroc(val.labels, -full["d"])}
+    found = {"validation": metrics.summary(val.labels, full["p"]), "validation_by_steps_and_samples": table, "validation_by_rule": rules,
+             "validation_aurc": {kind: metrics.aurc(right, full[kind]) for kind in KINDS}}
     rows = drawn.some_rows(val, config.generated, config.seed)
     if len(rows) > 1:
         images = draw_images(nets, config, val.labels[rows], [f"drawn-{i}" for i in range(len(rows))], device)
@@ -590,9 +594,7 @@ def sample_command(checkpoint, label, n=16, output="", **given):
     ids = [f"{classes[k]}-{i:04d}" for i in range(n)]
     images = draw_images(nets, config, np.full(n, k), ids, device)
     out = run.result_folder(output, checkpoint, "sample", config)
-    for name, image in zip(ids, images):
-        plots.picture(image).save(out / f"{run.file_name(name)}.png")
-    print(f"{n} images of {classes[k]}: {plots.image_grid(out / 'samples.png', images, title=classes[k])}")
+    run.save_images(out, ids, images, classes[k])
 
 
 @torch.no_grad()
@@ -609,22 +611,20 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
             own = way[-1][0]                                            # the noise that the image flows to
             stops = [round(j * config.draw_steps / 4) for j in range(5)]
             way = [(nets.decode(way[j][0]), nets.decode_map(way[j][1][None])[0]) for j in stops]
-            pixels = found.y
-            if config.label_loss == "posterior":
-                said = predict(nets.unet, config, x, noise[:, 0], torch.ones(len(x), device=device), rows=0)[1]
-                pixels = F.interpolate(2 * said.softmax(1) - 1, x.shape[2:])
+            said = outputs(nets.unet, config, x, noise[:, 0], torch.ones(len(x), device=device), rows=0)[1]
+            pixels = F.interpolate(2 * said.softmax(1) - 1, x.shape[2:]) if config.label_loss == "posterior" else found.y
             of_class = [draw(nets, config, torch.full((len(own),), k, device=device), own) for k in range(len(classes))]
         for i, row in enumerate(batch.index):
             name, p = split.ids[row], found.p[i].tolist()
             rows = [[split.images[row], *(plots.to_uint8(x[i]) for x, _ in way[1:])], [as_picture(nets, config, y[i]) for _, y in way],
-                    [as_picture(nets, config, y[i]) for y in (found.y, pixels)], [plots.to_uint8(x[i]) for x in of_class]]
-            best = max(range(len(p)), key=p.__getitem__)
+                    [as_picture(nets, config, y[i]) for y in (found.y, pixels)],
+                    [as_picture(nets, config, c[:, None, None].expand_as(found.y[i])) for c in nets.codes], [plots.to_uint8(x[i]) for x in of_class]]
             true = f" (true: {classes[split.labels[row]]})" if split.labels[row] >= 0 else ""
-            captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}", "by pixel"]]
+            captions = [[f"t = {1 - j / config.draw_steps:.2f}" for j in stops]] * 2 + [[f"d {found.distance[i]:.2f}", "by pixel"], classes]
             captions.append([f"{c}\np {q:.3f}" for c, q in zip(classes, p)])
             plots.image_grid(out / f"{row:04d}-{run.file_name(name)}.png", rows, captions,
-                             ["image to noise", "noise to label map", f"steps {config.steps}, draws {config.samples}", "its noise as each class"],
-                             title=f"{name}: {classes[best]}{true}")
+                             ["image to noise", "noise to label map", f"steps {config.steps}, draws {config.samples}", "colours", "its noise as each class"],
+                             title=f"{name}: {classes[found.p[i].argmax()]}{true}")
     print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
 
 

@@ -488,6 +488,13 @@ def to_explain(method, config, facts, paths, limit):
     return dataclasses.replace(kept, ids=[Path(name).stem if paths else name for name in kept.ids]), problems
 
 
+def save_images(folder, ids, images, title):
+    """Writes uint8 images (N, C, H, W), a picture each by its id and all in samples.png, and says where."""
+    for name, image in zip(ids, images):
+        plots.picture(image).save(folder / f"{file_name(name)}.png")
+    print(f"{len(ids)} images of {title}: {plots.image_grid(folder / 'samples.png', images, title=title)}")
+
+
 def class_number(label, classes):
     """A class by its name or number; UserError where there is none."""
     if label not in classes and not (label.isdecimal() and int(label) < len(classes)):

@@ -185,6 +185,11 @@ class UNet(nn.Module):
         """
         return self._encode(x, self.time_embedding(t) if self.late_class else self.embed(t, y))
 
+    def compile(self, *args, **kwargs):
+        """As nn.Module does, and its parts, for who calls them."""
+        super().compile(*args, **kwargs)
+        self.encode, self.decode = (torch.compile(part, *args, **kwargs) for part in (self.encode, self.decode))
+
     def read(self, features):
         """What `encode` gave -> (B, num_read, h, w), of each pixel of the middle."""
         return self.reader(features[-1].movedim(1, -1)).movedim(-1, 1)
