@@ -100,7 +100,7 @@ class Double(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (B, in_channels, H, W), t (B,), y (B,) int64 -> (B, out_channels, H, W); exactly zero before training.
+    """x (B, in_channels, H, W), t (B,), y (B,) int64 or (B, num_values) float -> (B, out_channels, H, W); exactly zero before training.
 
     Level i has channels * mult[i] channels and 1 / 2^i of the image's sides; H and W must be multiples of 2^(levels - 1).
     attention:    the downsampling factors (1, 2, 4, ...) at which every block has attention; the middle always has it.
@@ -115,7 +115,8 @@ class UNet(nn.Module):
     a level's channels do not divide into its heads.
     """
 
-    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0., late_class=False, num_values=None, num_read=None):
+    def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0.,
+                 late_class=False, num_values=None, num_read=None):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels {channels}: must be even, half for the cosines and half for the sines of t")
@@ -153,7 +154,7 @@ class UNet(nn.Module):
     def embed(self, t, y=None):
         """t (B,), y (B,) or None -> (B, 4 * channels): the time embedding plus, if the network knows classes, that of the class."""
         if (y is None) != (self.classes is None):
-            raise ValueError("y is missing: the network was made for classes" if y is None else
+            raise ValueError("y is missing: the network was made for classes or values" if y is None else
                              "y is given, but the network was made without num_classes or num_values")
         emb = self.time_embedding(t)
         return emb if y is None else emb + self.classes(y)
@@ -191,7 +192,7 @@ class UNet(nn.Module):
         self.encode, self.decode = (torch.compile(part, *args, **kwargs) for part in (self.encode, self.decode))
 
     def read(self, features):
-        """What `encode` gave -> (B, num_read, h, w), of each pixel of the middle."""
+        """What `encode` gave -> (B, num_read, h, w), of each pixel of the middle; for a network made with num_read."""
         return self.reader(features[-1].movedim(1, -1)).movedim(-1, 1)
 
     def _decode(self, features, emb):
@@ -203,7 +204,7 @@ class UNet(nn.Module):
         return h
 
     def decode(self, features, t, y=None):
-        """What `encode` gave, or its rows repeated for several classes -> the prediction, as `forward` gives it."""
+        """What `encode` gave, or some rows of it, or each for several classes -> the prediction, as `forward` gives it; t and y of the same rows."""
         return self._decode(features, self.embed(t, y))
 
     def forward(self, x, t, y=None):

@@ -3,15 +3,17 @@ from pathlib import Path
 
 import numpy as np
 
-from . import cache, chexpert, folder, ham10000, isic2020, medmnist, splits, toy
+from . import cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .shortcut import columns, shortcut, telling
+from .splits import labelled
 from .types import DataError, DataSet, Split
 
-__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "shortcut"]
-LOADERS = {"ham10000": ham10000.table, "isic2020": isic2020.table, "chexpert": chexpert.table, "folder": folder.table}
-NAMES = ("toy", *LOADERS, *medmnist.CLASSES)
+__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "labelled", "shortcut"]
+LOADERS = {"ham10000": ham10000.table, "isic2019": isic2019.table, "isic2020": isic2020.table, "chexpert": chexpert.table,
+           "chestxray14": chestxray14.table, "folder": folder.table}
+NAMES = (*toy.NAMES, *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
 
 
@@ -25,7 +27,8 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     seed      of the toy images and of `limit`; no split depends on it
     split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by
               patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides (the diffusion
-              classifier's two sets, chexpert by patient and isic2020 by image: 10 % and 10 %, as many images of each class)
+              classifier's two sets, chexpert by patient and isic2020 by image: 10 % and 10 %, as many images of each class;
+              Mediffusion's, isic2019 by image: 20 % and 10 %, and chestxray14 as "official")
     limit     at most this many images a split, each class its share and at least one, drawn before decoding
     fit       "crop" the central square (default) or "squash" the whole picture
     skip_bad  leave out files that are missing or cannot be read, and say how many; otherwise they are an error
@@ -38,13 +41,13 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
         raise DataError(f"--data {name}: no such data set; known: {', '.join(NAMES)} (own images: --data folder --root DIR)")
     if split not in SPLIT_RULES:
         raise DataError(f"--split {split}: no such rule; known: {', '.join(SPLIT_RULES)}")
-    fit, size = fit or "crop", size or (32 if name == "toy" or name in medmnist.CLASSES else 224)
+    fit, size = fit or "crop", size or (32 if name in (*toy.NAMES, *medmnist.CLASSES) else 224)
     if fit not in FITS:
         raise DataError(f"--fit {fit}: no such way; known: {', '.join(FITS)}")
     if not 8 <= size <= 2048:
         raise DataError(f"--size {size}: must be 8..2048 pixels")
-    if name == "toy":
-        return _toy(seed, size, limit, test_only, classes)
+    if name in toy.NAMES:
+        return _toy(name, seed, size, limit, test_only, classes)
 
     given, root = root, Path(root or Path(__file__).parent / "raw" / name)
     try:
@@ -74,7 +77,7 @@ def load_for(config, facts=None):
     judged = getattr(config, "judged", 0)
     for number, part in enumerate(splits.SPLITS[1:] if judged else ()):
         whole = getattr(data, part)
-        if whole is not None and len(whole) > judged and not data.multilabel:
+        if whole is not None and len(whole) > judged:
             setattr(data, part, whole.take(splits.draw(whole.labels, judged, np.random.default_rng([config.seed, 3 + number]))))
     return data
 
@@ -82,7 +85,8 @@ def load_for(config, facts=None):
 def read_split(paths, config, facts):
     """A user's own files and folders as a trained model takes them: a Split whose labels are -1, and a list of problems."""
     images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
-    return Split(images, np.full(len(ids), -1), ids), problems
+    unknown = np.full((len(ids), len(facts["classes"])), -1, np.float32) if facts.get("multilabel") else np.full(len(ids), -1)
+    return Split(images, unknown, ids), problems
 
 
 def _limited(records, limit, seed):
@@ -114,7 +118,7 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
             notes.append(f"{len(rows):,} {part} images dropped: pixel for pixel the same as one in {of}")
     for row in (*bad, *twice[0], *twice[1]):
         sides[row] = None
-    parts, source = {}, columns(records, sizes)
+    parts, source, no_box = {}, columns(records, sizes), np.full((len(table.classes), 4), np.nan, np.float32)
     for part in ("test",) if test_only else splits.SPLITS:
         rows = np.flatnonzero([side == part for side in sides])
         if not len(rows):
@@ -122,29 +126,38 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
         inside = [records[row] for row in rows]
         grouped = any(r.group for r in inside)
         piece = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows     # a view, if nothing was dropped
-        parts[part] = Split(images[piece], np.array([r.label for r in inside], np.int64), [r.id for r in inside],
-                            [r.group or r.id for r in inside] if grouped else None,
+        parts[part] = Split(images[piece], np.array([r.label for r in inside], np.float32 if table.multilabel else np.int64),
+                            [r.id for r in inside], [r.group or r.id for r in inside] if grouped else None,
+                            np.stack([table.boxes.get(r.id, no_box) for r in inside]) * size if table.boxes else None,
                             source={name: column[rows] for name, column in source.items()})
     if not test_only and len(np.unique(parts["train"].labels)) < 2:
         raise DataError(f"{root}: the training images are all of one class; check the folder and its table")
-    if seen := [] if test_only else telling(parts["train"], parts["test"]):
+    if seen := [] if test_only or table.multilabel else telling(parts["train"], parts["test"]):
         notes.append(f"the row `shortcut` of the last table: a rule that sees, instead of the pixels, {', '.join(seen)}")
-    return DataSet(parts.get("train"), parts.get("val"), parts["test"], table.classes, False, channels, notes, name)
+    return DataSet(parts.get("train"), parts.get("val"), parts["test"], table.classes, table.multilabel, channels, notes, name)
 
 
 def _relabel(table, classes, root):
-    """Labels in the order of `classes`; the data may lack some of them, never have others."""
+    """Labels in the order of `classes`; the data may lack some of them (multi-label: none), never have others."""
     if strange := [c for c in table.classes if c not in classes]:
         raise DataError(f"{root}: has the class {', '.join(strange)}, the model knows only {', '.join(classes)}")
-    table.records = [r._replace(label=classes.index(table.classes[r.label])) for r in table.records]
+    if not table.multilabel:
+        table.records = [r._replace(label=classes.index(table.classes[r.label])) for r in table.records]
+    elif lacking := [c for c in classes if c not in table.classes]:
+        raise DataError(f"{root}: does not tell of {', '.join(lacking)}, which the model knows; its labels are {', '.join(table.classes)}")
+    else:
+        order = [table.classes.index(c) for c in classes]
+        table.records = [r._replace(label=tuple(r.label[k] for k in order)) for r in table.records]
+        table.boxes = {name: inside[order] for name, inside in table.boxes.items()}
     table.classes = classes
 
 
-def _toy(seed, size, limit, test_only, classes):
-    """The toy set; for `limit`, a stratified draw out of somewhat more images, so that every class is there."""
-    data = toy.make(seed, size, {part: min(n, limit + 100) for part, n in toy.SIZES.items()} if limit else None)
+def _toy(name, seed, size, limit, test_only, classes):
+    """A toy set; for `limit`, a stratified draw out of somewhat more images, so that every class is there."""
+    make = toy.make_xray if name == "toy_xray" else toy.make
+    data = make(seed, size, {part: min(n, limit + 100) for part, n in toy.SIZES.items()} if limit else None)
     if classes and list(classes) != data.classes:
-        raise DataError(f"--data toy has the classes {', '.join(data.classes)}, the model {', '.join(classes)}")
+        raise DataError(f"--data {name} has the classes {', '.join(data.classes)}, the model {', '.join(classes)}")
     for number, part in enumerate(splits.SPLITS if limit else ()):
         whole = getattr(data, part)
         setattr(data, part, whole.take(splits.draw(whole.labels, limit, np.random.default_rng([seed, number]))))

@@ -13,7 +13,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__.split(":")[1].strip())
     parser.add_argument("name", help=", ".join(NAMES))
     parser.add_argument("--root", help="folder of the data, or its .npz file (default data/raw/NAME)")
-    parser.add_argument("--size", type=int, help="pixels a side (default 224; toy and MedMNIST 32)")
+    parser.add_argument("--size", type=int, help="pixels a side (default 224; toy sets and MedMNIST 32)")
     parser.add_argument("--split", default="official", help=" | ".join(SPLIT_RULES))
     parser.add_argument("--fit", help=" | ".join(FITS))
     parser.add_argument("--limit", type=int, default=0, help="images a split (default all)")
@@ -31,6 +31,8 @@ def main(argv=None):
     for k, name in enumerate(found.classes):
         counts = [np.sum(split.labels[:, k] if found.multilabel else split.labels == k) for split in parts.values()]
         print(f"{name:>{wide}}" + "".join(f"{int(n):12,}" for n in counts))
+    if found.multilabel:
+        print(f"{'no finding':>{wide}}" + "".join(f"{int(np.sum(~split.labels.any(1))):12,}" for split in parts.values()))
     print(f"{'all':>{wide}}" + "".join(f"{len(split):12,}" for split in parts.values()))
     for note in found.notes:
         print(f"- {note}")

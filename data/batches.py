@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .splits import rarest
 from .types import DataError
 
 AUGMENTATIONS = ("hflip", "vflip", "rotate")
@@ -31,7 +32,8 @@ class Batches:
     train=True: every image once an epoch in an order drawn from (seed, epoch), in batches whose sizes differ by one at most
     (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
     augment: names out of "hflip", "vflip" (half of the images each) and "rotate" (-30..30 degrees, bilinear, black outside).
-    balanced: draws each class equally often, with replacement. rank, world: the share of one process out of several.
+    balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
+    process out of several.
     """
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
@@ -55,7 +57,8 @@ class Batches:
         return self.count
 
     def _balanced_order(self, rng):
-        rows = [np.flatnonzero(self.split.labels == k) for k in np.unique(self.split.labels)]
+        labels = rarest(self.split.labels)
+        rows = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         return np.array([rng.choice(rows[k]) for k in rng.integers(len(rows), size=len(self.split))])
 
     def _fetch(self, index):

@@ -4,6 +4,8 @@
     ROOT/CLASS/**.png                       splits are carved: 30 % test, 10 % validation
     ROOT/classes.txt                        optional: the classes in order, a line each (for grades); else sorted, 2_x before 10_x
     ROOT/groups.csv                         optional: file,group with the patient of each file, path below ROOT or file name
+    ROOT/findings.csv                       multi-label: file and a column of 0 and 1 for each finding; then folders are no classes, and the
+                                            images lie anywhere below ROOT, or all of them in train, val and test
 """
 import random
 import re
@@ -13,7 +15,7 @@ from PIL import Image
 
 from .images import EXTENSIONS, FORMATS, GREY_MODES, find_images, follow
 from .splits import SPLITS, TEST, VAL, assign
-from .tables import Record, Table, missing_columns, read_table
+from .tables import Record, Table, missing_columns, read_lines, read_table, report_missing
 from .types import DataError
 
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -29,6 +31,8 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; {EXPECTED}")
     notes = []
+    if (root / "findings.csv").is_file():
+        return _multilabel(root, root / "findings.csv", split, test_only, skip_bad, notes)
     given = {PARTS[p.name.lower()]: p for p in _folders(root) if p.name.lower() in PARTS}
     flat = "train" not in given and any(p.name.lower() not in PARTS for p in _folders(root))
     if flat:
@@ -58,6 +62,44 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
         records = _split(root, records, split, notes)
         _check_classes(root, records, classes, carved=len(given) < 3 or split != "official")
     return Table(records, list(classes), _channels([r.path for r in records]), notes)
+
+
+def _multilabel(root, path, split, test_only, skip_bad, notes):
+    """The Table of findings.csv."""
+    images = find_images(root)
+    columns, rows = read_table(path)
+    classes = [name for name in read_lines(path, header_only=True)[0][1] if name and name.lower() != "file"]
+    if "file" not in columns or not classes or len(set(columns)) <= len(classes):
+        raise DataError(missing_columns(path, columns, "file and, once each, a column of 0 and 1 for every finding"))
+    labels, missing, find = {}, [], _finder(root, images, path)
+    for number, cells in rows:
+        try:
+            label = tuple({0: 0, 1: 1}[float(cells[name.lower()])] for name in classes)
+        except (ValueError, KeyError):
+            raise DataError(f"{path}: line {number}: {_list([cells[name.lower()] for name in classes])}: each finding must be 0 or 1") from None
+        image = find(cells["file"], number)
+        if image is None:
+            missing.append(cells["file"])
+        elif labels.setdefault(image, label) != label:
+            raise DataError(f"{path}: line {number}: {cells['file']} has other findings than before; remove one of the two")
+    if not labels:
+        raise DataError(f"{path}: a table, but none of its {len(rows):,} images; it names them by the path below {root}")
+    report_missing(missing, len(rows), "listed", path, skip_bad, notes)
+    if len(labels) < len(images):
+        notes.append(f"{len(images) - len(labels):,} images are not in findings.csv and left out")
+    parts = {image: PARTS.get(image.relative_to(root).parts[0].lower(), "all") for image in labels}
+    flat = "all" in parts.values()
+    if not flat and "train" not in parts.values() and not test_only:
+        raise DataError(f"{path}: lists only images of {_list(set(parts.values()))}; `eval` takes a test set, training needs train too")
+    group_of = _read_groups(root, images, notes)
+    records = [Record(image, label, group_of.get(image), image.relative_to(root).as_posix(), "all" if flat else parts[image])
+               for image, label in labels.items()]
+    if test_only:
+        records = [r._replace(split="test") for r in records if flat or r.split == "test"]
+        notes.append(f"test set: {root}, {len(records):,} images")
+    else:
+        records = _split(root, records, split, notes)
+    return Table(records, classes, _channels([r.path for r in records]), notes, multilabel=True)
 
 
 def _split(root, records, split, notes):
@@ -138,26 +180,35 @@ def _read_groups(root, images, notes):
     columns, rows = read_table(path)
     if not {"file", "group"} <= set(columns):
         raise DataError(missing_columns(path, columns, "file,group"))
-    by_name = {}
-    for image in images:
-        by_name.setdefault(image.name, []).append(image)
-    by_path = {image.relative_to(root).as_posix(): image for image in images}
-    groups, unknown = {}, []
+    groups, unknown, find = {}, [], _finder(root, images, path)
     for number, cells in rows:
-        name, group = cells["file"].replace("\\", "/").removeprefix("./"), cells["group"]
-        matches = [by_path[name]] if name in by_path else by_name.get(name, [])
-        if len(matches) > 1:
-            raise DataError(f"{path}: line {number}: {name} is the name of {len(matches)} files; give the path below {root}")
-        if not matches:
+        name, group = cells["file"], cells["group"]
+        image = find(name, number)
+        if image is None:
             unknown.append(name)
-        elif groups.setdefault(matches[0], group) != group:
-            raise DataError(f"{path}: line {number}: {name} has two groups, {groups[matches[0]]} and {group}; keep one")
+        elif groups.setdefault(image, group) != group:
+            raise DataError(f"{path}: line {number}: {name} has two groups, {groups[image]} and {group}; keep one")
     groups = {image: group for image, group in groups.items() if group}
     if unknown:
         notes.append(f"groups.csv names {len(unknown):,} files that are not there, first: {unknown[0]}")
     if len(groups) < len(images):
         notes.append(f"groups.csv has no group for {len(images) - len(groups):,} images: each counts as its own patient")
     return groups
+
+
+def _finder(root, images, path):
+    """find(name, line of the table `path`) -> the image of that path below root, or of that bare name where it is unique; or None."""
+    by_path, by_name = {image.relative_to(root).as_posix(): image for image in images}, {}
+    for image in images:
+        by_name.setdefault(image.name, []).append(image)
+
+    def find(name, number):
+        name = name.replace("\\", "/").removeprefix("./")
+        matches = [by_path[name]] if name in by_path else by_name.get(name, [])
+        if len(matches) > 1:
+            raise DataError(f"{path}: line {number}: {name} is the name of {len(matches)} files; give the path below {root}")
+        return matches[0] if matches else None
+    return find
 
 
 def _channels(paths):

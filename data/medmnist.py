@@ -228,12 +228,7 @@ def _labels(archive, name, part, n):
 
 def _draw(labels, limit, seed):
     """Rows of at most `limit` images, each class its share; an image with several findings counts for the rarest of them."""
-    if not limit:
-        return np.arange(len(labels))
-    if labels.ndim == 2:
-        rarest = np.where(labels > 0, labels.sum(0), np.inf).argmin(1)
-        labels = np.where(labels.any(1), rarest, -1)
-    return splits.draw(labels, limit, np.random.default_rng(seed))
+    return splits.draw(labels, limit, np.random.default_rng(seed)) if limit else np.arange(len(labels))
 
 
 def _rows(archive, array):

@@ -9,7 +9,7 @@ from .types import DataError
 
 class Record(NamedTuple):
     path: Path
-    label: int                                  # index into the classes
+    label: int | tuple                          # index into the classes; multi-label: 0 or 1 of each class
     group: str | None                           # patient or lesion, None where it is not known
     id: str                                     # unique
     split: str                                  # "train", "val" or "test"
@@ -22,6 +22,8 @@ class Table:
     classes: list
     channels: int
     notes: list = field(default_factory=list)
+    multilabel: bool = False
+    boxes: dict = field(default_factory=dict)   # {id: float32 (K, 4)}: x0, y0, x1, y1 as shares of the side, nan where none; see Split
 
 
 def read_table(path, only=None):
@@ -31,7 +33,7 @@ def read_table(path, only=None):
     Byte-order marks, CR LF, blank lines, unnamed columns and a header repeated in the body do no harm.
     Raises DataError for a file that is no such table, and for a line with too few fields.
     """
-    lines = [(number, row) for number, row in _lines(path) if any(row)]
+    lines = [(number, row) for number, row in read_lines(path) if any(row)]
     if not lines:
         raise DataError(f"{path}: the table is empty; download it again")
     header = lines[0][1]
@@ -50,17 +52,18 @@ def read_table(path, only=None):
 
 def read_columns(path):
     """The column names of a table in lower case; of the first line alone, for some tables hold pixels."""
-    return [name.lower() for name in next((row for _, row in _lines(path, header_only=True)), []) if name]
+    return [name.lower() for name in next((row for _, row in read_lines(path, header_only=True)), []) if name]
 
 
-def _lines(path, header_only=False):
-    """(line number, stripped cells) of each row."""
+def read_lines(path, header_only=False):
+    """[(line number, cells)] of a table's rows, or of its first line alone; stripped, and a line break in a cell is a blank, for errors are
+    one line. Raises DataError for a file that cannot be read or is no text."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline(10**6)
             file.seek(0)
             reader = csv.reader([first] if header_only else file, delimiter="\t" if first.count("\t") > first.count(",") else ",")
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+            lines = [(reader.line_num, [cell.strip().replace("\n", " ").replace("\r", " ") for cell in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read as a table ({reason}); save it as CSV in UTF-8") from None

@@ -3,6 +3,10 @@
 A lesion has three visible attributes z ~ N(mu_class, 0.65^2 I): diameter, asymmetry and the share of its area that is
 blue instead of brown. Place, rotation, skin tone, light, blur and noise are drawn apart from the class, so the exact
 posterior p(class | z) bounds what anybody can do from the picture; it is stored with each image (accuracy .926 on average).
+
+`toy_xray` are grey chests with three findings, independent of one another. Each has a visible severity z ~ N(+-1.163, 1), + where it is
+present: the width of the heart, the height of the fluid in one lung, the density of a round shadow. p(finding | z) = sigmoid(logit prior +
+2.326 z) exactly, whose AUROC is Phi(2.326 / sqrt 2) = .95 for each. Build, tilt, place, light, ribs, blur and noise tell nothing.
 """
 import numpy as np
 
@@ -13,6 +17,10 @@ PRIOR = np.array([.45, .20, .15, .10, .10])
 MEAN = np.array([[-1.2, -1.0, -1.0], [-.2, 1.2, -.8], [1.2, -.6, .6], [.9, 1.3, 1.4], [-.8, .2, 1.3]])     # (class, z)
 SPREAD = 0.65
 SIZES = {"train": 4000, "val": 500, "test": 1000}
+FINDINGS = ["Cardiomegaly", "Effusion", "Mass"]
+XRAY_PRIOR = np.array([.30, .25, .20])                                      # so that .42 of the images have no finding
+DISTANCE = 2.326174                                     # of the two means of z, in standard deviations: sqrt(2) times Phi's inverse of .95
+NAMES = ("toy", "toy_xray")
 
 
 def make(seed=0, size=32, n=None):
@@ -29,11 +37,30 @@ def make(seed=0, size=32, n=None):
     return DataSet(**splits, classes=list(CLASSES), multilabel=False, channels=3, notes=notes, name="toy")
 
 
+def make_xray(seed=0, size=32, n=None):
+    """The toy chests: multi-label DataSet of `n` = {"train": N, "val": N, "test": N} grey images of `size` x `size` pixels.
+
+    boxes (N, 3, 4) are where each finding is drawn, present or not: one that is absent is drawn as well, but slight. As in `make`,
+    image i of a split depends on (seed, split, i) alone. Raises DataError for a size under 28.
+    """
+    if size < 28:
+        raise DataError(f"toy_xray: --size {size} is too small to see a finding; take 28 or more")
+    n = SIZES | (n or {})
+    splits = {name: _xray_split(seed, part, n[name], size, name) for part, name in enumerate(SIZES)}
+    notes = ["toy_xray: drawn, not real; patients with two or three images stay in one split; the Bayes optimum is known"]
+    return DataSet(**splits, classes=list(FINDINGS), multilabel=True, channels=1, notes=notes, name="toy_xray")
+
+
 def posterior(z):
     """Exact p(class | z) by Bayes' rule: (N, 3) attributes -> (N, 5) float64 probabilities."""
     log_p = np.log(PRIOR) - ((z[:, None] - MEAN) ** 2).sum(-1) / (2 * SPREAD ** 2)
     p = np.exp(log_p - log_p.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
+
+
+def xray_posterior(z):
+    """Exact p(finding | z) of each finding: (N, 3) severities -> (N, 3) float64, which do not sum to 1."""
+    return 1 / (1 + (1 / XRAY_PRIOR - 1) * np.exp(-DISTANCE * z))
 
 
 def _split(seed, part, n, size, name):
@@ -80,3 +107,56 @@ def draw(z, tone, rng, size):
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
     return (rgb.clip(0, 1) * 255 + .5).astype(np.uint8).transpose(2, 0, 1), box
+
+
+def _xray_split(seed, part, n, size, name):
+    labels, z, build, groups, patient = [], [], [], [], 0
+    while len(labels) < n:                                          # a patient: findings, severities, build, one to three images
+        rng = np.random.default_rng([seed, part, 2, patient])
+        label = (rng.random(3) < XRAY_PRIOR).astype(np.float32)
+        views = rng.choice([1, 2, 3], p=[.85, .10, .05])
+        labels += [label] * views
+        z += [rng.normal(DISTANCE * (label - .5), 1)] * views
+        build += [rng.random(4)] * views
+        groups += [f"{name}-patient-{patient:05d}"] * views
+        patient += 1
+    z = np.array(z[:n])
+    images, boxes = np.empty((n, 1, size, size), np.uint8), np.empty((n, 3, 4), np.float32)
+    for i in range(n):
+        images[i], boxes[i] = draw_xray(z[i], build[i], np.random.default_rng([seed, part, 3, i]), size)
+    return Split(images, np.array(labels[:n]), [f"{name}-{i:05d}" for i in range(n)], groups[:n], boxes, xray_posterior(z))
+
+
+def draw_xray(z, build, rng, size):
+    """One chest: severities (3,), build (4,) in 0..1 (side of the fluid, side and place of the shadow) -> uint8 (1, size, size) and
+    the boxes (3, 4) of heart, fluid and shadow: x0, y0, x1, y1 in pixels."""
+    light, contrast, blur, scale = rng.uniform(-.06, .06), rng.uniform(.85, 1.1), rng.uniform(.008, .02), rng.uniform(.95, 1.06)
+    turn, (dx, dy), phase = rng.uniform(-.07, .07), rng.uniform(-.025, .025, 2), rng.uniform(0, 2 * np.pi)
+    v, u = (np.mgrid[:size, :size] + .5) / size - .5                # pixel centres, in -.5..+.5 and then in those of the chest
+    u, v = (((u - dx) * np.cos(turn) + (v - dy) * np.sin(turn)) / scale, ((v - dy) * np.cos(turn) - (u - dx) * np.sin(turn)) / scale)
+
+    def soft(depth):                                                # 1 inside, 0 outside, by the distance to the edge
+        return 1 / (1 + np.exp(-np.clip(depth / (.4 * blur), -50, 50)))
+
+    def ellipse(x, y, a, b):
+        return soft((1 - np.hypot((u - x) / a, (v - y) / b)) * min(a, b))
+    base, sides = .31, (-.2, .2)
+    lungs = [ellipse(x, .02, .155, .38) * soft(base - v) for x in sides]
+    heart = ellipse(.035, .11, max(.06, .15 + .026 * z[0]), .165)
+    fluid = lungs[int(build[0] < .5)] * soft(v - base + max(0., .12 + .045 * z[1]))
+    x, y, radius = sides[int(build[1] < .5)] + .06 * (build[2] - .5), -.17 + .13 * (build[3] - .5), rng.uniform(.07, .085)
+    shadow = ellipse(x, y, radius, radius)
+
+    image = .10 + .48 * ellipse(0, .08, .47, .56)                   # dark air, then the body, the lungs in it, ribs, heart, fluid, shadow
+    for lung in lungs:
+        image = image + (.24 + .03 * np.sin(44 * v + 12 * np.abs(u) + phase) - image) * lung
+    image = image + (.66 - image) * heart
+    image = image + (.80 - image) * fluid
+    image = image + (.95 - image) * shadow * np.clip(.33 + .12 * z[2], 0, 1)
+    image = (image - .5) * contrast + .5 + light + rng.normal(0, rng.uniform(.01, .025), image.shape)
+    boxes = np.empty((3, 4), np.float32)
+    for k, mask in enumerate((heart, fluid, shadow)):
+        inside = mask > .5 * mask.max()
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        boxes[k] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return (image.clip(0, 1) * 255 + .5).astype(np.uint8)[None], boxes

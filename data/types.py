@@ -15,7 +15,7 @@ class Split:
     labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data
     ids: list                                   # N unique names
     groups: list | None = None                  # patient or lesion of each image
-    boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels
+    boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels; multi-label (N, K, 4), nan where none is known
     posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
     source: dict = field(default_factory=dict)  # {name: (N,)} of numbers or str: what is known besides the pixels: shortcut.py
 

@@ -203,6 +203,96 @@ def test_a_draw_is_stratified_and_has_every_class(n):
         assert not np.array_equal(rows, splits.draw(labels, n, np.random.default_rng(2)))
 
 
+def findings(n=2000, seed=0):
+    """Multi-label (n, 4): of three images in ten none, and one finding of 1 %."""
+    return (np.random.default_rng(seed).random((n, 4)) < [.5, .3, .2, .01]).astype(np.float32)
+
+
+def test_an_image_with_several_findings_counts_for_the_rarest():
+    labels = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 0]], np.float32)      # 5, 3 and 2 images
+    assert splits.rarest(labels).tolist() == [0, 1, 2, -1, 2, 1] and splits.rarest([3, 1]).tolist() == [3, 1]
+    assert splits.rarest(list(map(tuple, labels.astype(int)))).tolist() == [0, 1, 2, -1, 2, 1]
+
+
+@pytest.mark.parametrize("n", [1, 10, 100, 2000, 3000])
+def test_a_draw_of_multilabel_images_has_every_finding_and_images_without(n):
+    labels = findings()
+    rows = splits.draw(labels, n, np.random.default_rng(1))
+    assert len(set(rows)) == min(max(n, 5), 2000) and labels[rows].any(0).all() and (~labels[rows].any(1)).any()
+    if n == 100:
+        assert labels[rows].mean(0) == pytest.approx(labels.mean(0), abs=.1)
+
+
+def test_patients_with_several_findings_stay_whole_and_every_finding_is_on_every_side():
+    labels = findings()
+    records = [Record(Path("x"), tuple(map(int, y)), f"p{i // 3}", f"i{i}", "train") for i, y in enumerate(labels)]
+    found = splits.assign(records)
+    assert splits.leaking(found) == (0, 0)
+    for part in splits.SPLITS:
+        inside = np.array([r.label for r in found if r.split == part])
+        assert inside.any(0).all() and inside.mean(0) == pytest.approx(labels.mean(0), abs=.06)
+
+
+# ------------------------------------------------------------------------------------------------ few labels
+def patients(n=2000, views=2, labels=None):
+    labels = findings(n) if labels is None else labels
+    return Split(np.zeros((n, 1, 1, 1), np.uint8), labels, [f"a/{i:04d}.png" for i in range(n)], [f"p{i // views}" for i in range(n)])
+
+
+@pytest.mark.parametrize("labels", [findings(), np.random.default_rng(0).choice(4, 2000, p=[.6, .3, .09, .01])], ids=["multi-label", "single-label"])
+def test_a_share_of_the_labels_is_by_patient_stratified_and_nested(labels):
+    split = patients(labels=labels)
+    kept = {share: splits.labelled(split, share) for share in (.01, .02, .1, .5, 1)}
+    for share, rows in kept.items():
+        assert rows.dtype == bool and share * 2000 <= rows.sum() <= share * 2000 + 2 + 5 * (share < .02)
+        assert (rows.reshape(-1, 2)[:, 0] == rows.reshape(-1, 2)[:, 1]).all()                       # whole patients
+        assert labels[rows].any(0).all() if labels.ndim == 2 else len(set(labels[rows])) == 4
+    for small, large in zip(list(kept)[:-1], list(kept)[1:]):
+        assert (kept[small] <= kept[large]).all()
+    if labels.ndim == 2:
+        assert labels[kept[.1]].mean(0) == pytest.approx(labels.mean(0), abs=.07)
+    assert (splits.labelled(split, "0.1") == kept[.1]).all() and (splits.labelled(split, .1, seed=1) != kept[.1]).any()
+
+
+def test_without_patients_a_share_is_of_images():
+    split = patients()
+    split.groups = None
+    assert splits.labelled(split, .1).sum() == 200 and splits.labelled(split, 1e-9).sum() == 5      # one of each finding, one without
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "0", "1.5", "-0.1", "nan", "inf", float("nan")])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(DataError, match="--labels .*: a share over 0 and up to 1"):
+        splits.labelled(patients(), share)
+
+
+@pytest.mark.parametrize("text", ["a/0003.png\na/0001\n", "\ufeffa/0001.png\r\na/0003.jpg", "\n a/0001\n\na/0003\na/0003.png\nv/9.png\n"])
+def test_a_list_names_images_with_or_without_ending(tmp_path, text):
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8", newline="")
+    rows = splits.labelled(patients(20), str(tmp_path / "names.txt"), elsewhere=["v/9.png"])
+    assert np.flatnonzero(rows).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"a/0001.png\nb/1.png\nb/2.png", "2 of 3 names are of no image here, first: 'b/1.png'; the first image is a/0000.png"),
+    (b"", "names no image of train"), (b"v/9.png\n", "names no image of train"), (b"\xff\xfe\x00", "cannot be read"), (None, "No such file")])
+def test_a_list_of_other_images_is_one_line(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "names.txt").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        splits.labelled(patients(20), tmp_path / "names.txt", elsewhere=["v/9.png"])
+    assert words in str(caught.value) and "names.txt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_without_ending_must_tell_one_image(tmp_path):
+    split = Split(np.zeros((3, 1, 1, 1), np.uint8), np.zeros(3, np.int64), ["x.png", "x.jpg", "y.png"])
+    (tmp_path / "names.txt").write_text("x.jpg\n")
+    assert splits.labelled(split, tmp_path / "names.txt").tolist() == [False, True, False]
+    (tmp_path / "names.txt").write_text("x\n")
+    with pytest.raises(DataError, match="of no image here, first: 'x'"):
+        splits.labelled(split, tmp_path / "names.txt")
+
+
 def test_duplicates_are_dropped_from_train_then_from_val():
     hashes, sides = list("aabcbcd"), ["train", "test", "train", "train", "val", "val", "test"]
     assert splits.duplicates(hashes, sides) == ([0, 2, 3], [])
@@ -215,7 +305,9 @@ def test_a_table_survives_bom_crlf_tabs_blanks_and_a_repeated_header(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf Name ,,B\r\n\r\n x ,1, y\r\nName,,B\r\n,,\r\nz,2,\r\n")
     assert read_table(path) == (["name", "b"], [(3, {"name": "x", "b": "y"}), (6, {"name": "z", "b": ""})])
     path.write_text("name\tb\nx, y\tz\n")
-    assert read_table(path)[1] == [(2, {"name": "x, y", "b": "z"})] and read_columns(path) == ["name", "b"]
+    assert read_table(path)[1] == [(2, {"name": "x, y", "b": "z"})]
+    path.write_text('name,b\n"x\ny",z\n')
+    assert read_table(path)[1] == [(3, {"name": "x y", "b": "z"})] and read_columns(path) == ["name", "b"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"a,b\n1\n", b"a,b\n1,\0\n", b"a,b\n\xff\xfe,1\n",
@@ -244,6 +336,22 @@ def test_the_toy_set_is_limited_with_every_class_and_keeps_its_truth():
         assert set(split.labels) == {0, 1, 2, 3, 4}
     only = data.load("toy", size=28, limit=12, test_only=True)
     assert only.train is None and np.array_equal(only.test.images, toy.test.images)
+
+
+def test_the_toy_chests_load_with_every_option_and_keep_their_truth():
+    found = data.load("toy_xray", limit=40)
+    assert found.multilabel and found.classes == data.toy.FINDINGS and found.train.images.shape == (40, 1, 32, 32)
+    for split in (found.train, found.val, found.test):
+        assert [len(part) for part in (split, split.images, split.ids, split.groups, split.boxes, split.posterior)] == [40] * 6
+        assert split.labels.any(0).all() and (~split.labels.any(1)).any() and split.boxes.shape == split.posterior.shape + (4,)
+    only = data.load("toy_xray", limit=40, test_only=True, classes=data.toy.FINDINGS)
+    assert only.train is None and np.array_equal(only.test.images, found.test.images)
+    for options, words in ((dict(size=9), "28"), (dict(classes=["a"]), "--data toy_xray has the classes Cardiomegaly")):
+        with pytest.raises(DataError, match=words):
+            data.load("toy_xray", limit=5, **options)
+    judged = data.load_for(Settings(data="toy_xray", size=28, limit=60, judged=20))
+    assert [len(s) for s in (judged.train, judged.val, judged.test)] == [60, 20, 20] and judged.test.labels.any(0).all()
+    assert data.shortcut(found) == {}
 
 
 def make_folder(root, n=10, classes=("a", "b")):
@@ -396,6 +504,13 @@ def test_a_file_of_a_user_that_cannot_be_read_is_an_error_or_a_problem(tmp_path)
         data.read_split([tmp_path / "x"], Settings(), dict(channels=3))
     split, problems = data.read_split([tmp_path / "x"], Settings(skip_bad=True), dict(channels=3))
     assert split.ids == [str(paths[0]), str(paths[2])] and len(problems) == 1 and "001.png" in problems[0] and len(split) == len(split.images) == 2
+
+
+def test_a_users_files_have_unknown_labels_of_the_models_kind(tmp_path):
+    paths = make_images(tmp_path / "x", 3)
+    facts = dict(channels=1, classes=["a", "b"])
+    assert data.read_split(paths, Settings(), facts | dict(multilabel=True))[0].labels.tolist() == [[-1, -1]] * 3
+    assert data.read_split(paths, Settings(), facts | dict(multilabel=False))[0].labels.tolist() == [-1] * 3
 
 
 def test_bytes_become_floats_from_exactly_minus_one_to_exactly_one():

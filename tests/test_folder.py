@@ -185,3 +185,57 @@ def test_the_real_folder_is_600_200_200_and_its_leak_is_found(root):
         len(set(leaky.train.groups) & set(leaky.test.groups)) == 8 and len(set(leaky.val.groups) & set(leaky.test.groups)) == 9
     mended = data.load("folder", root, size=28, split="group")
     assert not noted(mended, "LEAK") and sum(sizes(mended)) == 1000 and not set(mended.train.groups) & set(mended.test.groups)
+
+
+# ------------------------------------------------------------------------------------------------ multi-label
+def findings(root, n=60, part="pictures", header="file,Mass,Pleural Fluid", change=lambda s: s):
+    """n images, two in three of them without a finding, and a row each in findings.csv."""
+    place = root / part
+    place.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(n):
+        Image.fromarray(RNG.integers(0, 256, (6, 6), np.uint8)).save(place / f"{i:02d}.png")
+        lines.append(f"{(place / f'{i:02d}.png').relative_to(root).as_posix()},{int(i % 6 == 0)},{int(i % 6 in (0, 1))}.0")
+    path = root / "findings.csv"
+    path.write_text((path.read_text() if path.exists() else header + "\n") + change("\n".join(lines) + "\n"))
+    return root
+
+
+def test_a_table_of_findings_makes_a_multilabel_set(root):
+    found = data.load("folder", findings(root), size=8)
+    assert found.multilabel and found.classes == ["Mass", "Pleural Fluid"] and found.channels == 1 and sum(sizes(found)) == 60
+    for split in (found.train, found.val, found.test):
+        assert split.labels.dtype == np.float32 and split.labels.any(0).all() and (~split.labels.any(1)).any()
+        assert [[i % 6 == 0, i % 6 in (0, 1)] for i in (int(name[-6:-4]) for name in split.ids)] == split.labels.astype(bool).tolist()
+    assert noted(found, "30 % of the images") and noted(found, "no patient ids are known")
+    only = data.load("folder", root, size=8, test_only=True, classes=["Pleural Fluid", "Mass"])
+    assert len(only.test) == 60 and only.test.labels.sum(0).tolist() == [20, 10] and only.train is None
+
+
+def test_a_table_of_findings_keeps_given_splits_and_patients(root):
+    for part, n in (("train", 40), ("test", 20)):
+        findings(root, n, part)
+    found = data.load("folder", root, size=8)
+    assert sizes(found) == (35, 5, 20) and all(name.startswith("test/") for name in found.test.ids)
+    assert len(data.load("folder", root, size=8, test_only=True).test) == 20
+    names = [f"{part}/{i:02d}.png,p{i // 4}\n" for part, n in (("train", 40), ("test", 20)) for i in range(n)]
+    (root / "groups.csv").write_text("file,group\n" + "".join(names))
+    found = data.load("folder", root, size=8, split="group")
+    assert not set(found.train.groups) & set(found.test.groups) and sum(sizes(found)) == 60
+
+
+@pytest.mark.parametrize("header, change, words", [
+    ("name,Mass,Fluid", lambda s: s, "needed: file and, once each, a column of 0 and 1 for every finding"),
+    ("file,Mass,mass", lambda s: s, "once each"),
+    ("file,Mass,Fluid", lambda s: s.replace(",1,", ",2,"), "line 2: 2, 1.0: each finding must be 0 or 1"),
+    ("file,Mass,Fluid", lambda s: s.replace(",1,", ",,"), "each finding must be 0 or 1"),
+    ("file,Mass,Fluid", lambda s: s.replace("00.png", "xx.png"), "1 of 60 listed images are missing, first: pictures/xx.png"),
+    ("file,Mass,Fluid", lambda s: s.replace("pictures", "../pictures"), "none of its 60 images"),
+    ("file,Mass,Fluid", lambda s: s + "pictures/01.png,1,1\n", "line 62: pictures/01.png has other findings than before")])
+def test_a_wrong_table_of_findings_is_one_line(root, header, change, words):
+    assert words in refusal(findings(root, header=header, change=change))
+
+
+def test_images_beside_the_table_of_findings_are_counted(root):
+    findings(root, change=lambda s: s.replace("pictures/00.png,1,1.0\n", ""))
+    assert noted(data.load("folder", root, size=8), "1 images are not in findings.csv")
