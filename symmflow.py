@@ -174,11 +174,11 @@ def outputs(unet, config, x, y, t, rows=None):
     """What the U-Net says at the point x, y (B, ., H, W) and time t (B,): v_x, and v_y or, with label_loss posterior, in its place logits of
     p(k | x_t, y_t), one for each pixel of the middle, (B, K, h, w), whose mean counts. rows: the decoder runs for the first so many only."""
     guess_x = guess_y = 0.
-    if config.precondition:                                             # entries of y_0 and noise have a mean square of 1, those of x_1 of m
-        w, m = t.view(-1, 1, 1, 1), unet.mean_square
-        of_x, of_y = m * w ** 2 + (1 - w) ** 2, w ** 2 + (1 - w) ** 2    # mean squares of x_t and y_t
-        guess_x, guess_y = (m * w - (1 - w)) / of_x * x, (w - (1 - w)) / of_y * y
-        x, y = m * w / of_x * x, (1 - w) / of_y * y                     # guesses of x_1 and y_0: no noise where there is nothing else
+    if config.precondition:                                             # as if entries of x_1 had a mean square of 1, as those of y_0 and noise
+        w = t.view(-1, 1, 1, 1)
+        variance = w ** 2 + (1 - w) ** 2
+        guess_x, guess_y = (2 * w - 1) / variance * x, (2 * w - 1) / variance * y
+        x, y = w / variance * x, (1 - w) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
     z, given = torch.cat([x, y], 1), (t * config.time_scale, *[y.mean((2, 3))] * config.pooled)
     if config.label_loss != "posterior":
         out = unet(z, *given).float()
@@ -333,7 +333,6 @@ class Networks(nn.Module):
                        latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
         for name, value in buffers.items():
             self.register_buffer(name, value)
-        self.unet.register_buffer("mean_square", torch.ones(()))        # of what flows, measured, for `outputs`
 
     def shapes(self, size):
         """Of x and y, as they flow, for images of `size` pixels a side."""
@@ -405,16 +404,14 @@ def build(config, facts):
 
 
 def initialise(nets, data, config):
-    """Measures the spread of some training images or latents, and the classes' shares; loads ImageNet weights and those of another run, where asked for."""
+    """Measures the spread of some training latents, and the classes' shares; loads ImageNet weights and those of another run, where asked for."""
     if config.balanced:
         nets.prior.copy_(torch.from_numpy(np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
-    some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
-    x = torch.cat([nets.encode(part) for part in some.x.split(8)])
-    scale = x.std() if nets.codec and not config.latent_scale else 1.
-    nets.latent_scale.div_(scale)
-    nets.unet.mean_square.copy_((x / scale).square().mean())
+    if nets.codec and not config.latent_scale:
+        some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
+        nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
     if config.init:
         run.load_init(nets, config.init, METHOD)
 

@@ -231,26 +231,6 @@ def test_the_preconditioning_is_the_least_squares_slope_of_the_velocity_on_the_p
     assert not any(v.any() for v in plain)
 
 
-@pytest.mark.parametrize("time", [.1, .5, .9])
-def test_the_preconditioning_uses_the_images_own_mean_square(time):
-    config = tiny(precondition=True)
-    nets = networks(config, wear=False)
-    nets.unet.mean_square.fill_(.16)
-    x, y, xi_x, xi_y = torch.randn(4, 500, 3, 16, 16) * torch.tensor([.4, 1, 1, 1]).view(4, 1, 1, 1, 1)
-    (x_t, y_t), (v_x, _) = symmflow.path(x, y, xi_x, xi_y, torch.full((500,), time), 0.)
-    with torch.no_grad():
-        hat_x, _ = symmflow.velocity(nets.unet, config, x_t, y_t, torch.full((500,), time))
-    assert torch.allclose(hat_x, (x_t * v_x).sum() / x_t.square().sum() * x_t, atol=.05)
-
-
-def test_the_mean_square_is_measured_on_training_images(monkeypatch):
-    config = tiny(precondition=True)
-    data, nets = load_for(config), networks(config)
-    symmflow.initialise(nets, data, config)
-    some = torch.from_numpy(data.train.images[:512]) / 127.5 - 1
-    assert nets.unet.mean_square.item() == pytest.approx(some.square().mean().item(), rel=.2) and nets.unet.mean_square < .5
-
-
 @torch.no_grad()
 def test_heun_ends_where_the_posterior_says_and_not_at_half_the_noise():
     config = tiny(label_loss="posterior", codes="onehot", precondition=True, label_noise="shared")
