@@ -297,14 +297,14 @@ def test_posterior_the_loss_is_the_cross_entropy_of_the_class(seen):
 
 @pytest.mark.parametrize("codes", ["rgb", "grey", "simplex"])
 def test_posterior_is_of_one_hot_codes(codes):
-    with pytest.raises(run.UserError, match=f"--label-loss posterior --codes {codes}: .*--codes onehot"):
+    with pytest.raises(run.UserError, match=f"--label-loss posterior --codes {codes}: .*add --label-loss map"):
         networks(tiny(label_loss="posterior", codes=codes))
 
 
 @torch.no_grad()
 def test_balanced_training_is_undone_in_the_probabilities():
     config = tiny(balanced=True, codes="onehot")
-    nets, data = networks(config), load_for(configure(data="toy", size=16))
+    nets, data = networks(config), load_for(configure(data="toy", size=28))
     symmflow.initialise(nets, data, config)
     shares = torch.from_numpy(np.bincount(data.train.labels) / len(data.train))
     assert torch.allclose(nets.prior.double(), shares * 5, atol=1e-6) and shares.max() > 2 * shares.min()
