@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .images import find_images
 from .splits import assign
-from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
+from .tables import Table, missing_columns, part_records, read_columns, read_table
 from .types import DataError
 
 CLASSES = ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]            # ISIC's order of columns; Kaggle code often sorts them
@@ -53,7 +53,7 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
         found |= _add_sibling_test_set(root, rows, images, notes)
 
     def records(part):
-        return _records(part, {i: row for i, row in rows.items() if row.part == part}, images, skip_bad, notes)
+        return part_records(part, {i: row for i, row in rows.items() if row.part == part}, images, skip_bad, notes)
     test = records("test") if split == "official" or "train" not in found else []
     if test and test_only:
         return Table(test, CLASSES, 3, notes + [f"test set: {root}, {len(test):,} images"])
@@ -173,18 +173,6 @@ def _add_sibling_test_set(root, rows, images, notes):
             images[path.stem] = path
     rows.update(new)
     return {row.part for row in new.values()}
-
-
-# ------------------------------------------------------------------------------------------------ images
-def _records(part, rows, images, skip_bad, notes):
-    """A Record for each row of one part. None of its images there: an empty list. Some missing: DataError, or left out."""
-    there = [Record(images[i], row.label, row.lesion, i, part, row.source) for i, row in rows.items() if i in images]
-    missing = [i for i in rows if i not in images]
-    if rows and not there:
-        notes.append(f"a table of {len(rows):,} {part} images, but none of the images")
-    else:
-        report_missing([f"{i}.jpg" for i in missing], len(rows), part, missing and rows[missing[0]].table, skip_bad, notes)
-    return there
 
 
 def _nothing_found(root, files):

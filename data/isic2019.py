@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .images import find_images
 from .splits import assign
-from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
+from .tables import Table, missing_columns, part_records, read_columns, read_table
 from .types import DataError
 
 CLASSES = ["mel", "nv", "bcc", "ak", "bkl", "df", "vasc", "scc"]        # ISIC's order of columns
@@ -54,7 +54,7 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
     images = {path.stem: path for path in reversed(find_images(root))}          # of two copies the first in sorted order wins
 
     def records(part):
-        return _records(part, {i: row for i, row in rows.items() if row.part == part}, images, skip_bad, notes)
+        return part_records(part, {i: row for i, row in rows.items() if row.part == part}, images, skip_bad, notes)
     has_train = any(row.part == "train" for row in rows.values())
     test = records("test") if split == "official" or not has_train else []
     if test and test_only:
@@ -135,18 +135,6 @@ def _label(cells, names, path, number):
     if sorted(values) != [0.] * (len(every) - 1) + [1.]:
         raise DataError(f"{path}: line {number}: exactly one of {','.join(every).upper()} must be 1, the others 0")
     return values.index(1) if values.index(1) < len(CLASSES) else None
-
-
-# ------------------------------------------------------------------------------------------------ images
-def _records(part, rows, images, skip_bad, notes):
-    """A Record for each row of one part. None of its images there: an empty list. Some missing: DataError, or left out."""
-    there = [Record(images[i], row.label, row.lesion, i, part, row.source) for i, row in rows.items() if i in images]
-    missing = [i for i in rows if i not in images]
-    if rows and not there:
-        notes.append(f"a table of {len(rows):,} {part} images, but none of the images")
-    else:
-        report_missing([f"{i}.jpg" for i in missing], len(rows), part, missing and rows[missing[0]].table, skip_bad, notes)
-    return there
 
 
 def _nothing_found(root, files):

@@ -85,3 +85,15 @@ def missing_columns(path, columns, needed):
     """The line for a table without its columns."""
     shown = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
     return f"{path}: has the columns {shown or 'none'}; needed: {needed}"
+
+
+def part_records(part, rows, images, skip_bad, notes):
+    """A Record for each of rows {image: row with label, lesion, source, table} of one part, of images {image: path}. None of its images there: an
+    empty list. Some missing: DataError, or left out."""
+    there = [Record(images[i], row.label, row.lesion, i, part, row.source) for i, row in rows.items() if i in images]
+    missing = [i for i in rows if i not in images]
+    if rows and not there:
+        notes.append(f"a table of {len(rows):,} {part} images, but none of the images")
+    else:
+        report_missing([f"{i}.jpg" for i in missing], len(rows), part, missing and rows[missing[0]].table, skip_bad, notes)
+    return there

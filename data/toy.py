@@ -29,12 +29,7 @@ def make(seed=0, size=32, n=None):
     Image i of a split depends on (seed, split, i) alone: a smaller set is the beginning of a larger one.
     Raises DataError for a size under 28, where the attributes can no longer be seen.
     """
-    if size < 28:
-        raise DataError(f"toy: --size {size} is too small to see a lesion's outline; take 28 or more")
-    n = SIZES | (n or {})
-    splits = {name: _split(seed, part, n[name], size, name) for part, name in enumerate(SIZES)}
-    notes = ["toy: drawn, not real; lesions with two or three views stay in one split; the Bayes optimum is known"]
-    return DataSet(**splits, classes=list(CLASSES), multilabel=False, channels=3, notes=notes, name="toy")
+    return _made("toy", "lesion's outline", "lesions with two or three views", _split, CLASSES, seed, size, n)
 
 
 def make_xray(seed=0, size=32, n=None):
@@ -43,12 +38,18 @@ def make_xray(seed=0, size=32, n=None):
     boxes (N, 3, 4) are where each finding is drawn, present or not: one that is absent is drawn as well, but slight. As in `make`,
     image i of a split depends on (seed, split, i) alone. Raises DataError for a size under 28.
     """
+    return _made("toy_xray", "finding", "patients with two or three images", _xray_split, FINDINGS, seed, size, n)
+
+
+def _made(name, thing, groups, split, classes, seed, size, n):
+    """The DataSet of splits split(seed, number, n, size, part)."""
     if size < 28:
-        raise DataError(f"toy_xray: --size {size} is too small to see a finding; take 28 or more")
+        raise DataError(f"{name}: --size {size} is too small to see a {thing}; take 28 or more")
     n = SIZES | (n or {})
-    splits = {name: _xray_split(seed, part, n[name], size, name) for part, name in enumerate(SIZES)}
-    notes = ["toy_xray: drawn, not real; patients with two or three images stay in one split; the Bayes optimum is known"]
-    return DataSet(**splits, classes=list(FINDINGS), multilabel=True, channels=1, notes=notes, name="toy_xray")
+    splits = {part: split(seed, number, n[part], size, part) for number, part in enumerate(SIZES)}
+    notes = [f"{name}: drawn, not real; {groups} stay in one split; the Bayes optimum is known"]
+    train = splits["train"]
+    return DataSet(**splits, classes=list(classes), multilabel=train.labels.ndim == 2, channels=train.images.shape[1], notes=notes, name=name)
 
 
 def posterior(z):

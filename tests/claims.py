@@ -225,29 +225,20 @@ def votes(folder):
 def pictures(folder):
     """The README's pictures, out of a toy run."""
     method = json.loads((Path(folder) / "metrics.json").read_text())["method"]
-    return {"diffmic": diffmic_pictures, "symmflow": symmflow_pictures, "diffclassifier": diffclassifier_pictures}[method](folder)
+    return diffmic_pictures(folder) if method == "diffmic" else figures_and_explanation(method, folder)
 
 
-def symmflow_pictures(folder):
-    """Images drawn of each class, those nearest to a training image, accuracy against coverage; one explanation."""
-    symmflow = importlib.import_module("symmflow")
-    for name in ("drawn", "nearest", "coverage"):
-        shutil.copy(Path(folder) / "figures" / f"{name}.png", RESULTS / f"symmflow-{name}.png")
+FIGURES = {"symmflow": ("drawn", "nearest", "coverage"), "diffclassifier": ("rules", "errors", "coverage")}     # of a run: what the README shows
+
+
+def figures_and_explanation(method, folder):
+    """FIGURES of a run, and a panel of explain."""
+    for name in FIGURES[method]:
+        shutil.copy(Path(folder) / "figures" / f"{name}.png", RESULTS / f"{method}-{name}.png")
     with tempfile.TemporaryDirectory() as out:
-        symmflow.explain_command(Path(folder) / "best.pt", limit=8, output=out)
-        shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / "symmflow-explain.png")
-    return RESULTS / "symmflow-explain.png"
-
-
-def diffclassifier_pictures(folder):
-    """The rules by number of levels, errors by log-SNR, accuracy against coverage; one explanation; drawn images of a class."""
-    diffclassifier = importlib.import_module("diffclassifier")
-    for name in ("rules", "errors", "coverage"):
-        shutil.copy(Path(folder) / "figures" / f"{name}.png", RESULTS / f"diffclassifier-{name}.png")
-    with tempfile.TemporaryDirectory() as out:
-        diffclassifier.explain_command(Path(folder) / "best.pt", limit=8, output=out)
-        shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / "diffclassifier-explain.png")
-    return RESULTS / "diffclassifier-explain.png"
+        importlib.import_module(method).explain_command(Path(folder) / "best.pt", limit=8, output=out)
+        shutil.copy(sorted(Path(out).glob("0*.png"))[1], RESULTS / f"{method}-explain.png")
+    return RESULTS / f"{method}-explain.png"
 
 
 def diffmic_pictures(folder):

@@ -42,3 +42,10 @@ def seeded():
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DIFFUSION_CLASSIFIERS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder for a data set, with neighbours that are none of its business."""
+    (tmp_path / "data" / "isic").mkdir(parents=True)
+    return tmp_path / "data" / "isic"

@@ -4,7 +4,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from common import run
 from data import DataError
+
+
+def needs(path):
+    """Marks a test that reads real data."""
+    return pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")
+
+
+def short(method, *words):
+    """A method's command line with few resamples for its intervals; the exit code."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.score, "__defaults__", (None, 5))
+        return method.main([str(word) for word in words])
 
 
 def sizes(found):

@@ -12,12 +12,11 @@ from PIL import Image
 import data
 from data import Batches, chestxray14, medmnist, splits
 from data.__main__ import main
-from tests.loading import apart, noted, refused, sizes
+from tests.loading import apart, needs, noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FULL, SMALL, ORIGINALS = SHARED / "csv_full", SHARED / "chestxray14", SHARED / "chestxray14_kaggle_1024"
 VARIANTS = SHARED / "csv_samples" / "header_variants"
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")       # noqa: E731
 HEADER = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],"
           "OriginalImagePixelSpacing[x,y]")
 TABLE, BOXES = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"

@@ -22,7 +22,7 @@ from common.schedules import alpha_sigma, shifted_cosine, shifted_cosine_slope
 from common.wavelet import haar, unhaar
 from data import DataSet, Split, load_for
 from diffclassifier import Config, configure, count_votes, rules, survivors
-from tests.loading import opened
+from tests.loading import opened, short
 from tests.test_dit import multiply_adds
 from tests.test_run import processes
 from tests.test_symmflow import autoencoder, same
@@ -710,9 +710,7 @@ ARGS = ("--data toy --size 28 --limit 12 --epochs 2 --batch-size 4 --val-votes 1
 
 def go(folder, *more):
     """A run of a second or two; few resamples for its intervals. Returns the exit code."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(run.score, "__defaults__", (None, 5))
-        return diffclassifier.main([*ARGS, "--output", str(folder), *map(str, more)])
+    return short(diffclassifier, *ARGS, "--output", folder, *more)
 
 
 @pytest.fixture(scope="module")
@@ -723,9 +721,7 @@ def toy_run(tmp_path_factory):
 
 
 def command(name, folder, *more):
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(run.score, "__defaults__", (None, 5))
-        return diffclassifier.main([name, "--checkpoint", str(folder / "best.pt"), *map(str, more)])
+    return short(diffclassifier, name, "--checkpoint", folder / "best.pt", *more)
 
 
 def test_a_run_writes_its_numbers_and_pictures(toy_run):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 from data import DataError, ham10000
-from tests.loading import noted, refused, sizes
+from tests.loading import needs, noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FULL = SHARED / "csv_full" / "HAM10000_metadata.csv"
@@ -18,7 +18,6 @@ VARIANTS = SHARED / "csv_samples" / "header_variants"
 REAL = SHARED / "ham10000"
 NAMES = ham10000.CLASSES
 RNG = np.random.default_rng(0)
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")       # noqa: E731
 
 
 @pytest.fixture(autouse=True)

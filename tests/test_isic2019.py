@@ -11,20 +11,13 @@ from PIL import Image
 
 import data
 from data import ham10000, isic2019, splits
-from tests.loading import apart, noted, refused, sizes
+from tests.loading import apart, needs, noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FULL, SMALL = SHARED / "csv_full", SHARED / "isic2019"
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")       # noqa: E731
 TRUTH, META = "ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"
 HEADER = "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK"
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "data" / "isic").mkdir(parents=True)
-    return tmp_path / "data" / "isic"
 
 
 def names(n=240, first=0):

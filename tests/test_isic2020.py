@@ -11,23 +11,16 @@ from PIL import Image
 
 import data
 from data import isic2020
-from tests.loading import apart, noted, refused, sizes
+from tests.loading import apart, needs, noted, refused, sizes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = SHARED / "csv_samples"
 ISIC2019 = SHARED / "isic2019"
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")       # noqa: E731
 HEADERS = {1: "image_name,patient_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target",
            2: "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target,asymmetry"}
 TRUTH = "ISIC_2020_Training_GroundTruth.csv"
 PAIRS = "ISIC_2020_Training_Duplicates.csv"
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "data" / "isic").mkdir(parents=True)
-    return tmp_path / "data" / "isic"
 
 
 def images(folder, names):

@@ -21,12 +21,11 @@ from data.shortcut import by_column, columns, shortcut, telling, tree
 from data.splits import assign
 from data.tables import Record
 from tests import test_chexpert, test_folder, test_ham10000, test_isic2020
-from tests.loading import noted
+from tests.loading import needs, noted
 
 FULL = test_ham10000.FULL
 FULL2019 = test_ham10000.SHARED / "csv_full" / "ISIC_2019_Training_GroundTruth.csv"
 RNG = np.random.default_rng(0)
-needs = lambda path: pytest.mark.skipif(not path.exists(), reason=f"shared/data/{path.name} is not there")       # noqa: E731
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from common.autoencoder import AutoencoderKL
 from data import Batches, DataSet, Split, load_for, toy
 from data.batches import Batch, augment, draw_changes
 from symmflow import Config, configure
-from tests.loading import opened
+from tests.loading import opened, short
 from tests.test_medmnist import write as write_medmnist
 from tests.test_run import processes
 
@@ -1301,9 +1301,7 @@ ARGS = ("--data toy --size 28 --limit 12 --epochs 1 --batch-size 8 --channels 8 
 
 def go(folder, *more):
     """A run of a second or two; few resamples for its intervals. Returns the exit code."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(run.score, "__defaults__", (None, 5))
-        return symmflow.main([*ARGS, "--output", str(folder), *map(str, more)])
+    return short(symmflow, *ARGS, "--output", folder, *more)
 
 
 @pytest.fixture(scope="module")
