@@ -8,6 +8,10 @@ clamps). A diffusion model works on z as it is (Mediffusion) or times 0.18215 (S
     AutoencoderKL()  has 83,653,863 parameters (83,649,253 for gray images). A 256x256 image becomes 4x32x32 for 136 GMAC, and
                      again an image for 311; MedSymmFlow's U-Net on that latent needs 6: encode a data set once.
 The keys of the state_dict are latent-diffusion's; `load_autoencoder` reads its files (vae-ft-mse-840000-ema-pruned) and diffusers'.
+
+Training (Rombach et al. 2022, appendix G), with `reconstruction_loss`, `gan_losses` and the weights of their terms:
+    loss = nll + 1e-6 kl + gan_weight(step) adaptive_weight generator + gan_weight(step, weight=1) discriminator
+The first three move the autoencoder alone, the last the discriminator alone: one backward pass and one Adam(betas=(.5, .9)) serve both.
 """
 import re
 from collections import OrderedDict
@@ -214,3 +218,134 @@ class Codec:
         """Latents -> images (B, channels, H, W) float32, not clamped; one channel of a colour autoencoder is the colours' mean."""
         x = self.net.to(z.device).decode(z).float()
         return x.mean(1, keepdim=True) if channels == 1 else x
+
+
+# ------------------------------------------------------------------------------------------------ training: reconstruction
+def pyramid(x, x_hat):
+    """Images (B, C, H, W) in [-1, 1], 8x8 or more -> (B, 1, 1, 1): a distance without weights, no LPIPS.
+
+    L1 of the difference and of its gradients down and across, on three levels of its Gaussian pyramid (Burt & Adelson 1983). The factor 1/3, a
+    mean over the levels, gives .35 to .58 for two chest radiographs or skin lesions of 64 or 256 px, as LPIPS's .1 to .6 for what differs.
+    """
+    d, total = (x.float() - x_hat.float()).flatten(0, 1)[:, None], 0.              # (B C, 1, H, W)
+    kernel = d.new_tensor([1, 4, 6, 4, 1]) / 16
+    for level in range(3):
+        if level:
+            d = F.conv2d(F.pad(d, (2, 2, 2, 2), mode="reflect"), (kernel[:, None] * kernel)[None, None], stride=2).float()
+        total = total + sum(part.abs().reshape(len(x), -1).mean(1) for part in (d, d.diff(dim=2), d.diff(dim=3)))
+    return total.view(-1, 1, 1, 1) / 3
+
+
+VGG = ((64, 0, 2), (128, 5, 7), (256, 10, 12, 14), (512, 17, 19, 21), (512, 24, 26, 28))        # stages: channels, torchvision's numbers
+
+
+def read_weights(path, shapes, what):
+    """The tensors {name: shape} of a file, float32 and frozen. Raises run.UserError naming the file and the first that does not fit."""
+    weights = run.load_weights(path)
+    for name, shape in shapes.items():
+        tensor = weights.get(name) if isinstance(weights, dict) else None
+        given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
+        if given != shape:
+            raise run.UserError(f"{path}: {name} is {given}, must be {shape}; needed: {what}")
+    return {name: weights[name].detach().float() for name in shapes}
+
+
+class Perceptual:
+    """perceptual(x, x_hat): images (B, 1 or 3, H, W) in [-1, 1] -> (B, 1, 1, 1) float32, by the best that the files allow:
+
+    "pyramid"      no file: `pyramid`
+    "vgg-uniform"  VGG16 of torchvision: LPIPS's formula with .1 for all its weights, which is the mean of 1 - cosine of features; no LPIPS
+    "lpips"        lins as well (taming's vgg.pth): LPIPS-VGG (Zhang et al. 2018, eq. 1). Both need images of 16x16 or more.
+    `tier` says which. It is no module: these weights are constants, nothing that a checkpoint or an optimizer should hold.
+    """
+
+    def __init__(self, vgg="", lins=""):
+        self.tier = "lpips" if lins else "vgg-uniform" if vgg else "pyramid"
+        if lins and not vgg:
+            raise run.UserError(f"{lins}: weighs the features of VGG16; name its file too")
+        lin, features, c_in = {f"lin{i}.model.1.weight": (1, c, 1, 1) for i, (c, *_) in enumerate(VGG)}, {}, 3
+        for c, *stage in VGG:
+            for i in stage:
+                features |= {f"features.{i}.weight": (c, c_in, 3, 3), f"features.{i}.bias": (c,)}
+                c_in = c
+        self.weights = {"shift": torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), "scale": torch.tensor([.458, .448, .450]).view(1, 3, 1, 1)}
+        self.weights |= read_weights(vgg, features, "VGG16 of torchvision") if vgg else {}
+        self.weights |= read_weights(lins, lin, "LPIPS's weights for VGG16") if lins else {name: torch.tensor(.1) for name in lin}
+
+    def __call__(self, x, x_hat):
+        if self.tier == "pyramid":
+            return pyramid(x, x_hat)
+        self.weights = {name: w.to(x.device) for name, w in self.weights.items()}
+        return sum((self.weights[f"lin{i}.model.1.weight"] * (f - g).square()).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+                   for i, (f, g) in enumerate(zip(self.features(x), self.features(x_hat))))
+
+    def features(self, x):
+        """Images -> VGG16's features after the last relu of each stage, 5 x (B, c, H/2^i, W/2^i) float32, of length 1 in every pixel."""
+        h, found = (x.float() - self.weights["shift"]) / self.weights["scale"], []          # a gray image becomes three channels here
+        for _, *stage in VGG:
+            h = F.max_pool2d(h, 2) if found else h
+            for i in stage:
+                h = F.conv2d(h, self.weights[f"features.{i}.weight"], self.weights[f"features.{i}.bias"], padding=1).relu()
+            found.append(h / (torch.linalg.vector_norm(h.float(), dim=1, keepdim=True) + 1e-10))
+        return found
+
+
+def reconstruction_loss(x, x_hat, mean, logvar, perceptual, kl_weight=1e-6):
+    """x, x_hat (B, C, H, W), x in [-1, 1]; mean, logvar of q(z|x) -> nll, KL term, and {"l1", "perceptual", "kl"} for the log.
+
+    nll: |x - x_hat| + perceptual(x, x_hat), the same in every pixel, summed over C, H, W; a mean over B alone. latent-diffusion's nll has a
+    log-variance of its own that no optimizer holds: 0 it is and stays, so it is left out. "l1": mean over pixels; "kl": nats an image.
+    """
+    l1, p, nats = (x - x_hat).abs(), perceptual(x, x_hat), kl(mean, logvar).mean()
+    return (l1 + p).sum() / len(x), kl_weight * nats, {"l1": l1.detach().mean(), "perceptual": p.detach().mean(), "kl": nats.detach()}
+
+
+# ------------------------------------------------------------------------------------------------ training: discriminator
+class Discriminator(nn.Module):
+    """(B, channels, H, W), 24x24 or more -> logits (B, 1, H/8 - 2, W/8 - 2) float32: are patches of 70x70 real? (Isola et al. 2017).
+
+    4x4 convolutions, three of stride 2 and two of stride 1. 2,763,585 parameters for gray images. Names as in latent-diffusion.
+    """
+
+    def __init__(self, channels, width=64):
+        super().__init__()
+        layers, c = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(.2)], width
+        for stride in (2, 2, 1):
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(.2)]
+            c = 2 * c
+        self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
+        for m in self.main:
+            if not isinstance(m, nn.LeakyReLU):
+                nn.init.normal_(m.weight, float(isinstance(m, nn.BatchNorm2d)), .02)
+
+    def forward(self, x):
+        return self.main(x).float()
+
+
+def discriminator_loss(real, fake):
+    """Hinge loss of logits of any shape (Lim & Ye 2017): 0 where real ones are above 1 and made ones below -1."""
+    return .5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def gan_losses(discriminator, x, x_hat):
+    """Generator term -mean D(x_hat), whose gradient reaches x_hat and not the discriminator, and the hinge loss, the other way round.
+
+    Real and made images are batches of their own. Each enters the batch norms' averages once: the generator's pass has copies of them.
+    """
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()} | {name: b.clone() for name, b in discriminator.named_buffers()}
+    generator = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
+    return generator, discriminator_loss(discriminator(x), discriminator(x_hat.detach()))
+
+
+def adaptive_weight(nll, g, last_layer):
+    """|grad nll| / |grad g| at the decoder's last weights, `decoder.conv_out.weight`, 0..1e4, without gradient (Esser et al. 2021, eq. 7).
+
+    It keeps the graph: a compiled decoder needs torch._functorch.config.donated_buffer = False.
+    """
+    at_nll, at_g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (nll, g))
+    return (at_nll / (at_g + 1e-4)).clamp(0, 1e4)
+
+
+def gan_weight(step, start=50_001, weight=.5):
+    """0 before step `start`, then `weight`: latent-diffusion's .5 of the generator's term; 1 of the discriminator's loss."""
+    return weight if step >= start else 0.

@@ -284,3 +284,40 @@ def box_mask(boxes, size):
     y, x = np.arange(size[0])[:, None], np.arange(size[1])
     x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes), -1, 0)[..., None, None]
     return (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
+
+
+# ----------------------------------------------------------------------------------------------- images
+def _image_pairs(x, y, side=1):
+    """Yields the N pairs of images, float64 (C, H, W), of two stacks uint8 (N, C, H, W)."""
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype != np.uint8 or y.dtype != np.uint8 or x.shape != y.shape or x.ndim != 4 or x.size == 0:
+        raise ValueError(f"x and y must be uint8 (N, C, H, W) of the same shape, not {x.dtype} {x.shape} and {y.dtype} {y.shape}")
+    if min(x.shape[2:]) < side:
+        raise ValueError(f"x and y are images of {x.shape[2]}x{x.shape[3]}, the sides must be {side} or more")
+    return ((a.astype(np.float64), b.astype(np.float64)) for a, b in zip(x, y))
+
+
+def psnr(x, y):
+    """10 log10(255^2 / MSE) in dB, mean over the images; x, y uint8 (N, C, H, W). Pairs of equal images, infinite, are left out: nan if all are."""
+    errors = [np.mean((a - b) ** 2) for a, b in _image_pairs(x, y)]
+    return _mean([10 * np.log10(255 ** 2 / e) if e > 0 else np.nan for e in errors])
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004, eq. 13; Gaussian window 11x11, sigma 1.5), mean over images, channels and valid positions.
+
+    x, y uint8 (N, C, H, W), 11x11 or more (ValueError) -> -1..1, equal images 1. The paper's own numbers are of gray images.
+    """
+    window = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    window, c1, c2 = window / window.sum(), (.01 * 255) ** 2, (.03 * 255) ** 2
+
+    def local(a):                                                                # weighted mean around each valid position
+        rows = sum(w * a[:, i:a.shape[1] - 10 + i] for i, w in enumerate(window))
+        return sum(w * rows[:, :, i:a.shape[2] - 10 + i] for i, w in enumerate(window))
+
+    values = []
+    for a, b in _image_pairs(x, y, side=11):
+        mean_a, mean_b = local(a), local(b)
+        var_a, var_b, cov = local(a * a) - mean_a ** 2, local(b * b) - mean_b ** 2, local(a * b) - mean_a * mean_b
+        values.append(np.mean((2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))))
+    return float(np.mean(values))

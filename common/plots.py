@@ -218,9 +218,32 @@ def line_chart(path, series, title="", xlabel="", ylabel="", xlim=None, ylim=Non
     return canvas.save(path)
 
 
-def coverage(path, series, title="Accuracy on the images the model is surest of"):
-    """series {name: (shares kept, accuracies)}; at the right, 1.0, every image is decided."""
-    return line_chart(path, series, title, "share of images kept, the most certain first", "accuracy on the images kept", xlim=(0, 1))
+def coverage(path, series, title="Accuracy on the images the model is surest of", unit="images"):
+    """series {name: (shares kept, accuracies)}; at the right, 1.0, every image (or other `unit`) is decided."""
+    return line_chart(path, series, title, f"share of {unit} kept, the most certain first", f"accuracy on the {unit} kept", xlim=(0, 1))
+
+
+def grouped_bars(path, series, names, title="", note="", mark=None):
+    """series {name: values (K,) in 0..1}: a bar of each beside each of the K `names`, "undefined" where not finite; a grey line at `mark`."""
+    names = [shorten(name, 13, 170) for name in names]
+    left = 28 + int(max(map(font(13).getlength, names), default=0))
+    full, step, top = 676 - left, 17 * len(series) + 12, 68 + 18 * len(series)          # `full`: pixels of 1
+    canvas = Canvas(760, top + step * len(names) + 8, title)
+    canvas.text(16, 36, note, color=GREY)
+    for i, name in enumerate(names):
+        canvas.text(left - 8, top + step * i + 17 * len(series) / 2 - 1, name, anchor="rm")
+    for j, (name, values) in enumerate(series.items()):
+        color = PALETTE[j % len(PALETTE)]
+        canvas.draw.rectangle((16, 60 + 18 * j, 30, 73 + 18 * j), fill=color)
+        canvas.text(38, 66 + 18 * j, name, anchor="lm")
+        for i, v in enumerate(numbers(values)):
+            y, end = top + step * i + 17 * j, left + round(full * np.clip(np.nan_to_num(v), 0, 1))
+            if end > left:
+                canvas.draw.rectangle((left, y, end - 1, y + 14), fill=color)
+            canvas.text(end + 6, y + 7, f"{v:.3f}" if np.isfinite(v) else "undefined", 12, "lm", GREY)
+    if mark is not None:
+        canvas.draw.line((left + full * mark, top - 6, left + full * mark, canvas.height - 14), fill=LIGHT)
+    return canvas.save(path)
 
 
 def curves(path, history, title="", panels=None, best=None):
@@ -245,16 +268,18 @@ def curves(path, history, title="", panels=None, best=None):
     return canvas.save(path)
 
 
-def reliability(path, confidence, accuracy, count, ece=None, title="Reliability"):
+def reliability(path, confidence, accuracy, count, ece=None, title="Reliability", pooled=False):
     """Per bin of equal width on 0..1: mean confidence, accuracy (nan where a bin is empty), number of images. Under the diagonal the model claims
-    more than it achieves."""
+    more than it achieves. pooled: of several labels, the share of ones among answers of like probability."""
+    what, height, unit = ("label", "share of positives", "answers") if pooled else ("predicted class", "accuracy", "images")
     confidence, accuracy, count = numbers(confidence), numbers(accuracy), numbers(count)
     canvas = Canvas(560, 640, title)
-    canvas.text(16, 40, "" if ece is None else f"expected calibration error {ece:.3f}, {np.nansum(count):,.0f} images", color=GREY)
-    legend = [("accuracy in the bin", SKY, False), ("against the mean confidence in the bin", VERMILION, False), ("ideal", GREY, True)]
-    upper = Axes(canvas, (8, 62, 552, 462), confidence, accuracy, "", "accuracy", "", legend, (0, 1), (0, 1), gutter=84)
-    xlabel = "confidence (probability of the predicted class)"
-    lower = Axes(canvas, (8, 436, 552, 636), count, np.append(count, (0, 1)), xlabel, "images", xlim=(0, 1), gutter=84)
+    error = "" if ece is None else f"expected calibration error {ece:.3f}{', mean of the labels' * pooled}, {np.nansum(count):,.0f} {unit}"
+    canvas.text(16, 40, error, color=GREY)
+    legend = [(f"{height} in the bin", SKY, False), ("against the mean confidence in the bin", VERMILION, False), ("ideal", GREY, True)]
+    upper = Axes(canvas, (8, 62, 552, 462), confidence, accuracy, "", height, "", legend, (0, 1), (0, 1), gutter=84)
+    xlabel = f"confidence (probability of the {what})"
+    lower = Axes(canvas, (8, 436, 552, 636), count, np.append(count, (0, 1)), xlabel, unit, xlim=(0, 1), gutter=84)
     for axes, heights, color in (upper, accuracy, SKY), (lower, count, GREY):
         for i in np.flatnonzero(heights > 0):
             axes.bar(i / len(count), (i + 1) / len(count), heights[i], color)
@@ -335,10 +360,10 @@ def image_grid(path, images, labels=None, row_names=None, columns=8, scale=None,
     return canvas.save(path)
 
 
-def panel(path, image, title, bars, lines=(), intervals=None):
-    """One prediction: image uint8 (C,H,W), bars {class: probability} (the ten largest are shown), lines of text, intervals {class: (lo, hi)}."""
+def panel(path, image, title, bars, lines=(), intervals=None, most=10):
+    """One prediction: image uint8 (C,H,W), bars {class: probability} (the `most` largest are shown), lines of text, intervals {class: (lo, hi)}."""
     bars = {name: float(p) for name, p in bars.items()}
-    shown = sorted(bars, key=lambda name: -np.nan_to_num(bars[name]))[:10]
+    shown = sorted(bars, key=lambda name: -np.nan_to_num(bars[name]))[:most]
     text = [row for line in lines for row in paragraph(line, 14, 724)]
     image = picture(image)
     size = [max(1, round(256 * side / max(image.size))) for side in image.size]

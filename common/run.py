@@ -213,17 +213,20 @@ def evaluate_command(method, checkpoint, output="", **given):
 
 
 def predict_command(method, checkpoint, paths, output="", **given):
-    """`predict`: class, probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
+    """`predict`: class (multi-label: findings), probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
     config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
     split, problems = method.read_split(paths, config, facts)
     seeds = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids])       # the same file has the same noise in any folder
     predictions, uncertainty = method.evaluate(nets, seeds, config, device)
     p, classes, out = predictions[method.METHOD], facts["classes"], result_folder(output, checkpoint, "predict", config)
     write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], classes)
-    for i, name in enumerate(split.ids):
-        label, lines = classes[p[i].argmax()], [f"{kind} {u[i]:.3f}" for kind, u in uncertainty.items()]
-        print(f"{name}  {label}  p {p[i].max():.3f}  " + "  ".join(lines))
-        plots.panel(out / f"{i:04d}-{file_name(Path(name).stem)}.png", split.images[i], f"{label}: {Path(name).name}", dict(zip(classes, p[i])), lines)
+    most = len(classes) if split.labels.ndim == 2 else 10               # bars of a panel: each label is a question of its own
+    for i, (name, decided) in enumerate(zip(split.ids, decisions(split, p)[1])):
+        found, lines = np.flatnonzero(decided), [f"{kind} {np.mean(u[i]):.3f}" for kind, u in uncertainty.items()]
+        label = ", ".join(classes[k] for k in found) or "no finding"
+        print(f"{name}  " + (", ".join(f"{classes[k]}  p {p[i, k]:.3f}" for k in found) or label) + "  " + "  ".join(lines))
+        plots.panel(out / f"{i:04d}-{file_name(Path(name).stem)}.png", split.images[i], f"{label}: {Path(name).name}", dict(zip(classes, p[i])),
+                    lines, most=most)
     print(*problems, f"panels and predictions.csv: {out}   (not for clinical use)", sep="\n")
 
 
@@ -495,10 +498,10 @@ def save_images(folder, ids, images, title):
     print(f"{len(ids)} images of {title}: {plots.image_grid(folder / 'samples.png', images, title=title)}")
 
 
-def class_number(label, classes):
+def class_number(label, classes, option="--label"):
     """A class by its name or number; UserError where there is none."""
     if label not in classes and not (label.isdecimal() and int(label) < len(classes)):
-        raise UserError(f"--label {label}: no such class; take one of {', '.join(classes)}, or its number 0..{len(classes) - 1}")
+        raise UserError(f"{option} {label}: no such class; take one of {', '.join(classes)}, or its number 0..{len(classes) - 1}")
     return classes.index(label) if label in classes else int(label)
 
 
@@ -791,7 +794,7 @@ def load_init(nets, path, method, **same):
 # ----------------------------------------------------------------------------- report
 
 def describe(config, data, method, nets, device):
-    """The first lines of a run: what is trained, on what, with how many images of which class."""
+    """The first lines of a run: what is trained, on what, with how many images of which class, and of how many the label is shown."""
     if rank() > 0:
         return
     parameters = sum(p.numel() for p in nets.parameters())
@@ -801,8 +804,10 @@ def describe(config, data, method, nets, device):
         print(f"  {note}")
     for name in ("train", "val", "test"):
         split = getattr(data, name)
-        counts = split.labels.sum(0) if data.multilabel else np.bincount(split.labels, minlength=len(data.classes))
-        print(f"  {name:5} {len(split):6}  " + "  ".join(f"{c} {int(n)}" for c, n in zip(data.classes, counts)), flush=True)
+        counts, _ = class_counts(split.labels, len(data.classes))
+        labelled = int((split.labels.reshape(len(split), -1) >= 0).any(1).sum())
+        print(f"  {name:5} {len(split):6}" + f" ({labelled} labelled)" * (labelled < len(split)) + "  "
+              + "  ".join(f"{c} {int(n)}" for c, n in zip(data.classes, counts)), flush=True)
 
 
 def commit():
@@ -812,14 +817,30 @@ def commit():
     return "unknown"
 
 
+def class_counts(labels, K):
+    """(how many images have each class (K,), of how many it is known: a number, multi-label (K,)). A label below 0 is unknown."""
+    known = labels >= 0
+    return ((labels > 0).sum(0), known.sum(0)) if labels.ndim == 2 else (np.bincount(labels[known], minlength=K), known.sum())
+
+
+def decisions(split, p):
+    """(true, predicted), bool (N, K): the classes an image has, none where its label is unknown (-1), and those a model names, p (N, K)."""
+    if split.labels.ndim == 2:
+        return split.labels > 0, p >= .5
+    return tuple(a[:, None] == np.arange(p.shape[1]) for a in (split.labels, p.argmax(1)))
+
+
 def write_predictions(path, split, p, uncertainty, classes):
-    """predictions.csv: id,true,predicted,uncertainty,p:<class>,... `true` stays empty for images without a label (-1)."""
+    """predictions.csv: id,true,predicted,uncertainty,p:<class>,... `true` stays empty for images without a label (-1).
+
+    Multi-label: the names of all true or predicted classes, joined by |, empty for none; the uncertainty is the mean over the labels.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "true", "predicted", "uncertainty", *(f"p:{c}" for c in classes)])
-    for i, row in enumerate(p):
-        true = classes[int(split.labels[i])] if split.labels[i] >= 0 else ""
-        table.writerow([split.ids[i], true, classes[int(row.argmax())], f"{uncertainty[i]:.6f}", *(f"{x:.6f}" for x in row)])
+    for i, (row, *answers) in enumerate(zip(p, *decisions(split, p))):
+        names = ("|".join(classes[k] for k in np.flatnonzero(answer)) for answer in answers)
+        table.writerow([split.ids[i], *names, f"{np.mean(uncertainty[i]):.6f}", *(f"{x:.6f}" for x in row)])
     write(path, text.getvalue())
 
 
@@ -836,12 +857,13 @@ def validation(split, predictions, method):
 def score(split, predictions, uncertainty, train_labels=None, ci=1000):
     """Metrics of every model on one split: {"test": of the first model, "baselines": of the others, "bayes"}.
 
-    predictions: {model: probabilities (N, K)}, the method first; uncertainty (N,) belongs to the method.
+    predictions: {model: probabilities (N, K)}, the method first; uncertainty (N,), multi-label (N, K), belongs to the method.
     """
     (_, p), *others = predictions.items()
     result = {"test": metrics.summary(split.labels, p, uncertainty=uncertainty, ci=ci), "baselines": {}}
     if train_labels is not None:
-        majority = np.bincount(train_labels, minlength=p.shape[1]) / len(train_labels)
+        counts, known = class_counts(train_labels, p.shape[1])
+        majority = counts / np.maximum(known, 1)                        # a label that no image shows: 0
         result["baselines"]["majority"] = metrics.summary(split.labels, np.tile(majority, (len(split), 1)))
     for name, q in others:
         result["baselines"][name] = metrics.summary(split.labels, q, ci=ci)
@@ -853,10 +875,11 @@ def score(split, predictions, uncertainty, train_labels=None, ci=1000):
 
 def selective(split, predictions, uncertainty):
     """{model: (coverages, accuracies)} when 0, 5, .. 95 % of the images are set aside, the most uncertain first: the method by
-    `uncertainty`, the others by 1 - their largest probability."""
+    `uncertainty`, the others by 1 - their largest probability. Multi-label: every label of every image is an answer to set aside or keep."""
     found = {}
     for name, p in predictions.items():
-        found[name] = metrics.coverage_accuracy(p.argmax(1) == split.labels, 1 - p.max(1) if found else uncertainty)
+        correct, best = ((p >= .5) == split.labels, np.maximum(p, 1 - p)) if split.labels.ndim == 2 else (p.argmax(1) == split.labels, p.max(1))
+        found[name] = metrics.coverage_accuracy(correct.ravel(), np.ravel(1 - best if found else uncertainty))
     return found
 
 
@@ -881,13 +904,20 @@ def table(method, result):
 
 
 def write_evaluation(out, split, classes, predictions, uncertainty, history=None, panels=()):
-    """predictions.csv and the pictures every run has: learning curves, confusion matrix, reliability, accuracy against coverage."""
+    """predictions.csv and the pictures every run has: learning curves, confusion matrix (multi-label: AUROC of each label), reliability, accuracy
+    against coverage."""
     if rank() > 0:
         return
-    figures, (method, p) = Path(out) / "figures", next(iter(predictions.items()))
+    figures, (method, p), several = Path(out) / "figures", next(iter(predictions.items())), split.labels.ndim == 2
+    title, unit = f"{method}: test split", "answers" if several else "images"
     write_predictions(Path(out) / "predictions.csv", split, p, uncertainty, classes)
     if history:
         plots.curves(figures / "curves.png", history, "Learning curves", panels)
-    plots.confusion(figures / "confusion.png", metrics.confusion_matrix(split.labels, p.argmax(1), len(classes)), classes, f"{method}: test split")
-    plots.reliability(figures / "reliability.png", *metrics.reliability_bins(split.labels, p), metrics.ece(split.labels, p), f"{method}: test split")
-    plots.coverage(figures / "coverage.png", selective(split, predictions, uncertainty), "Accuracy when the most uncertain images are set aside")
+    if several:
+        each = {name: [metrics.auroc(*column) for column in zip(split.labels.T, q.T)] for name, q in predictions.items()}
+        plots.grouped_bars(figures / "labels.png", each, classes, "AUROC of each label: test split", "grey line: chance, 0.5", .5)
+    else:
+        plots.confusion(figures / "confusion.png", metrics.confusion_matrix(split.labels, p.argmax(1), len(classes)), classes, title)
+    plots.reliability(figures / "reliability.png", *metrics.reliability_bins(split.labels, p), metrics.ece(split.labels, p), title, several)
+    kept = selective(split, predictions, uncertainty)
+    plots.coverage(figures / "coverage.png", kept, f"Accuracy when the most uncertain {unit} are set aside", unit)

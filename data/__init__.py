@@ -1,4 +1,5 @@
 """Data sets as arrays: `load(name, root)` decodes once and splits by patient, `Batches` turns a split into float batches."""
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
 
 def load_for(config, facts=None):
     """The data set that a run's settings name. `facts` (classes, channels, own_data) of a trained model: as that knows it, and of another
-    data set than its own the test split alone. Of a method that judges slowly, `judged` images of validation and of test are drawn by class."""
+    data set than its own the test split alone. Of a method that judges slowly, `judged` images of validation and of test are drawn by class. Of one
+    that needs few, `labels` says of which training images the label is shown: the others' are -1, and those join each batch (Split.few)."""
     known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
     data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
                 skip_bad=config.skip_bad, **known)
@@ -79,6 +81,11 @@ def load_for(config, facts=None):
         whole = getattr(data, part)
         if whole is not None and len(whole) > judged:
             setattr(data, part, whole.take(splits.draw(whole.labels, judged, np.random.default_rng([config.seed, 3 + number]))))
+    if hasattr(config, "labels") and data.train is not None:
+        known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
+        data.train = dataclasses.replace(data.train, few=(np.flatnonzero(known), config.labelled_batch), labels=data.train.labels.copy())
+        data.train.labels[~known] = -1
+        data.notes.append(f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it")
     return data
 
 

@@ -18,12 +18,15 @@ class Batch(NamedTuple):
     y: torch.Tensor                             # int64 (B,), or float32 (B, K) for multi-label data
     index: np.ndarray                           # int64 (B,): rows of the split
     variant: np.ndarray | None = None           # int64 (B,): 0 as it is, 1 left-right, 2 up-down, 3 both; -1 turned as well
+    place: tuple = (0, 0, 1)                    # epoch, number in it, batches an epoch
+    few: "Batch | None" = None                  # of a split with `few`: another batch, of images with a label
 
     def split(self, n):
         """n parts of nearly equal size, for gradient accumulation; fewer, where a part would have one image (batch norm)."""
-        n = max(1, min(n, len(self.y) // 2))
+        n = max(1, min(n, len(self.y) // 2, len(self.few.y) // 2 if self.few else n))
         return [Batch(*part) for part in zip(self.x.tensor_split(n), self.y.tensor_split(n), np.array_split(self.index, n),
-                                           [None] * n if self.variant is None else np.array_split(self.variant, n))]
+                                           [None] * n if self.variant is None else np.array_split(self.variant, n), [self.place] * n,
+                                           self.few.split(n) if self.few else [None] * n)]
 
 
 class Batches:
@@ -33,7 +36,8 @@ class Batches:
     (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
     augment: names out of "hflip", "vflip" (half of the images each) and "rotate" (-30..30 degrees, bilinear, black outside).
     balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
-    process out of several.
+    process out of several. A split with `few` = (rows, n): to each batch belong n more of these rows, all of them in turn, and of these draws
+    speaks `balanced`.
     """
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
@@ -43,10 +47,17 @@ class Batches:
         self.seed, self.rank, self.world, n = seed, rank, world, len(split)
         self.count = max(1, min(math.ceil(n / batch_size), n // 2)) if train else math.ceil(len(range(rank, n, world)) / batch_size)
         self.epoch, self.start = divmod(start, self.count) if train else (0, start)
+        self.few = None
         if train:
+            rows, joining = split.few or (np.arange(n), 0)
             rng = np.random.default_rng([seed, 1, self.epoch])
-            order = self._balanced_order(rng) if balanced else rng.permutation(n)
+            order = self._balanced_order(rng, rows, n) if balanced and not joining else rng.permutation(n)
             self.indices = [rows[rank::world] for rows in np.array_split(order, self.count)]
+            if joining:
+                rng, needed = np.random.default_rng([seed, 6, self.epoch]), self.count * joining
+                order = self._balanced_order(rng, rows, needed) if balanced else \
+                    np.concatenate([rng.permutation(rows) for _ in range(math.ceil(needed / len(rows)))])[:needed]
+                self.few = [rows[rank::world] for rows in np.array_split(order, self.count)]
         else:
             self.indices = np.array_split(np.arange(rank, n, world), range(batch_size, len(range(rank, n, world)), batch_size))
         self.images = _resident(split, self.device)
@@ -56,10 +67,10 @@ class Batches:
         """Batches in a whole epoch."""
         return self.count
 
-    def _balanced_order(self, rng):
-        labels = rarest(self.split.labels)
-        rows = [np.flatnonzero(labels == k) for k in np.unique(labels)]
-        return np.array([rng.choice(rows[k]) for k in rng.integers(len(rows), size=len(self.split))])
+    def _balanced_order(self, rng, rows, n):
+        labels = rarest(self.split.labels[rows])
+        of_class = [rows[labels == k] for k in np.unique(labels)]
+        return np.array([rng.choice(of_class[k]) for k in rng.integers(len(of_class), size=n)])
 
     def _fetch(self, index):
         if torch.is_tensor(self.images):
@@ -69,22 +80,27 @@ class Batches:
 
     def __iter__(self):
         with ThreadPoolExecutor(1) as reader:                                   # reads one batch ahead
-            waiting = reader.submit(self._fetch, self.indices[self.start])
+            def read(number):
+                return [reader.submit(self._fetch, of[number]) for of in (self.indices, self.few) if of is not None]
+            waiting = read(self.start)
             for number in range(self.start, self.count):
-                raw = waiting.result()
+                raw = [part.result() for part in waiting]
                 if number + 1 < self.count:
-                    waiting = reader.submit(self._fetch, self.indices[number + 1])
-                index = self.indices[number]
-                flip, angle = draw_changes(self.augment, len(raw), np.random.default_rng([self.seed, 2, self.epoch, number, self.rank]))
-                if self.augment and self.device.type == "cpu":
-                    # a few images at a time from bytes to floats, all of it in the cache
-                    x, step = torch.empty(raw.shape), max(1, 1250000 // raw[0].numel())
-                    for part in (slice(i, i + step) for i in range(0, len(raw), step)):
-                        x[part] = finish(raw[part], flip[part], angle[part])
-                else:
-                    x = finish(raw, flip, angle)
-                yield Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index,
-                            np.where(angle != 0, -1, (flip < 0) @ [1, 2]))
+                    waiting = read(number + 1)
+                few = self._finished(raw[1], self.few[number], number, 7) if self.few else None
+                yield self._finished(raw[0], self.indices[number], number, 2)._replace(few=few)
+
+    def _finished(self, raw, index, number, purpose):
+        flip, angle = draw_changes(self.augment, len(raw), np.random.default_rng([self.seed, purpose, self.epoch, number, self.rank]))
+        if self.augment and self.device.type == "cpu":
+            # a few images at a time from bytes to floats, all of it in the cache
+            x, step = torch.empty(raw.shape), max(1, 1250000 // raw[0].numel())
+            for part in (slice(i, i + step) for i in range(0, len(raw), step)):
+                x[part] = finish(raw[part], flip[part], angle[part])
+        else:
+            x = finish(raw, flip, angle)
+        return Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index, np.where(angle != 0, -1, (flip < 0) @ [1, 2]),
+                     (self.epoch, number, self.count))
 
 
 def draw_changes(names, B, rng):

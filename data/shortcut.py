@@ -61,8 +61,10 @@ def by_column(data):
 
 def _by(names, data, split):
     """Probabilities (M, K) for a split of M images by these columns; without any, the classes' shares in train."""
-    of_train, of_split = ({name: s.source[name] for name in names} or {"": np.zeros(len(s))} for s in (data.train, split))
-    return tree(of_train, of_split, data.train.labels, len(data.classes))
+    known = data.train.labels >= 0                      # a hidden label stays hidden
+    of_train = {name: data.train.source[name][known] for name in names} or {"": np.zeros(known.sum())}
+    of_split = {name: split.source[name] for name in names} or {"": np.zeros(len(split))}
+    return tree(of_train, of_split, data.train.labels[known], len(data.classes))
 
 
 def tree(train, columns, labels, K):

@@ -12,12 +12,13 @@ class DataError(Exception):
 class Split:
     """Images and what is known of them, row by row."""
     images: np.ndarray                          # uint8 (N, C, H, W), may be a memory map
-    labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data
+    labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data; -1: not known, or hidden
     ids: list                                   # N unique names
     groups: list | None = None                  # patient or lesion of each image
     boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels; multi-label (N, K, 4), nan where none is known
     posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
     source: dict = field(default_factory=dict)  # {name: (N,)} of numbers or str: what is known besides the pixels: shortcut.py
+    few: tuple | None = None                    # semi-supervised training: the rows with a label (M,), and how many of them join each batch
 
     def __len__(self):
         return len(self.labels)

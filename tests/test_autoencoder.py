@@ -1,13 +1,16 @@
-"""common/autoencoder.py: latent-diffusion's sizes and names, a second pass by torch's functions, the posterior, others' weights."""
+"""common/autoencoder.py: latent-diffusion's sizes and names, a second pass by torch's functions, the posterior, others' weights, the losses."""
+import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import run
-from common.autoencoder import Attention, AutoencoderKL, downsample, kl, load_autoencoder, norm, sample, upsample
+from common.autoencoder import (Attention, AutoencoderKL, Discriminator, Perceptual, adaptive_weight, discriminator_loss, downsample, gan_losses,
+                                gan_weight, kl, load_autoencoder, norm, pyramid, reconstruction_loss, sample, upsample)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -446,3 +449,340 @@ def test_a_misfit_in_a_diffusers_file_is_named_as_that_file_has_it():
 def test_a_file_of_something_else_is_refused():
     with pytest.raises(ValueError, match="has no tensor encoder.conv_in.weight"):
         load_autoencoder(tiny(), {"layer1.0.conv1.weight": torch.zeros(8, 8, 3, 3), "epoch": 3})
+
+
+# ---------------------------------------------------------------------------------------------- training: the perceptual distance
+def smooth(n, channels=1, side=16):
+    """Toy images in [-1, 1]: waves of few periods, with the contrast of photographs."""
+    waves = .4 * torch.randn(n, channels, 4, 4)
+    return F.interpolate(waves, size=(side, side), mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+def pyramid_by_loops(x, x_hat):
+    """Of one image each, numpy (C, H, W): every pixel of every level in turn, the border mirrored."""
+    def mirrored(i, n):
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    def halved(d):
+        C, H, W = d.shape
+        out, k = np.zeros((C, (H + 1) // 2, (W + 1) // 2)), [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
+        for c, i, j in np.ndindex(out.shape):
+            out[c, i, j] = sum(k[a] * k[b] * d[c, mirrored(2 * i + a - 2, H), mirrored(2 * j + b - 2, W)] for a in range(5) for b in range(5))
+        return out
+
+    total = 0
+    for level in range(3):
+        x, x_hat = (halved(x), halved(x_hat)) if level else (x, x_hat)
+        C, H, W = x.shape
+        down = [abs((x - x_hat)[c, i + 1, j] - (x - x_hat)[c, i, j]) for c in range(C) for i in range(H - 1) for j in range(W)]
+        across = [abs((x - x_hat)[c, i, j + 1] - (x - x_hat)[c, i, j]) for c in range(C) for i in range(H) for j in range(W - 1)]
+        total += abs(x - x_hat).mean() + np.mean(down) + np.mean(across)
+    return total / 3
+
+
+@pytest.mark.parametrize("channels, H, W", [(1, 8, 8), (3, 8, 8), (3, 11, 14), (1, 16, 9)])
+def test_the_pyramid_distance_equals_a_loop_over_pixels_image_by_image(channels, H, W):
+    x, x_hat = torch.randn(2, 3, channels, H, W)
+    each = [pyramid_by_loops(a, b) for a, b in zip(x.double().numpy(), x_hat.double().numpy())]
+    found = pyramid(x, x_hat)
+    assert found.shape == (3, 1, 1, 1) and found.dtype == torch.float32 and np.allclose(found.flatten().numpy(), each, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_pyramid_distance_is_zero_of_equal_images_c_of_a_shift_by_c_and_about_lpips_of_different_ones(channels):
+    x, other = smooth(64, channels, 64), smooth(64, channels, 64)
+    assert not pyramid(x, x).any() and torch.allclose(pyramid(x, x + .25), torch.tensor(.25), atol=1e-5)
+    assert torch.equal(pyramid(x, other), pyramid(other, x)) and .1 < pyramid(x, other).mean() < .6
+    assert (pyramid(x, x.roll(1, 3)) < pyramid(x, x.roll(4, 3))).all()                  # further off, farther
+
+
+def test_the_gradient_of_the_pyramid_distance_equals_a_finite_difference():
+    x, x_hat, step = torch.randn(3, 2, 3, 8, 8)
+    (gradient,) = torch.autograd.grad(pyramid(x, x_hat.requires_grad_()).sum(), x_hat)
+    with torch.no_grad():
+        slope = (pyramid(x, x_hat + 1e-3 * step) - pyramid(x, x_hat - 1e-3 * step)).sum() / 2e-3
+    assert torch.isclose((gradient * step).sum(), slope, rtol=2e-2, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """VGG16 as torchvision builds it, with made-up weights, made-up LPIPS weights, and the files of both."""
+    layers, c_in = [], 3
+    for c in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512):
+        layers += [nn.MaxPool2d(2, 2)] if c == "M" else [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+        c_in = c_in if c == "M" else c
+    vgg, folder = nn.Sequential(*layers), tmp_path_factory.mktemp("weights")
+    for layer in vgg:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    lins = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
+    torch.save({f"features.{k}": p for k, p in vgg.named_parameters()} | {"classifier.0.bias": torch.zeros(9)}, folder / "vgg.pth")
+    torch.save({f"lin{i}.model.1.weight": w for i, w in enumerate(lins)}, folder / "lins.pth")
+    return vgg.eval().requires_grad_(False), lins, folder / "vgg.pth", folder / "lins.pth"
+
+
+def lpips(vgg, lins, x, x_hat):
+    """Zhang et al. 2018, eq. 1, an image at a time."""
+    values = []
+    for pair in zip(x, x_hat):
+        taps = []
+        for image in pair:
+            r, g, b = image if len(image) == 3 else [image[0]] * 3
+            h, maps = torch.stack([(r + .030) / .458, (g + .088) / .448, (b + .188) / .450])[None], []
+            for i, layer in enumerate(vgg):
+                h = layer(h)
+                if i in (3, 8, 15, 22, 29):
+                    maps.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            taps.append(maps)
+        values.append(sum(((a - b).square() * w).sum() / a.shape[2] / a.shape[3] for a, b, w in zip(*taps, lins)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("channels, side", [(1, 16), (3, 16), (3, 40)])
+def test_lpips_from_files_equals_its_formula_for_colour_and_gray_images(files, channels, side):
+    vgg, lins, vgg_file, lins_file = files
+    perceptual, x, x_hat = Perceptual(str(vgg_file), lins_file), torch.rand(2, channels, side, side) * 2 - 1, smooth(2, channels, side)
+    found = perceptual(x, x_hat)
+    assert perceptual.tier == "lpips" and found.shape == (2, 1, 1, 1) and found.dtype == torch.float32
+    assert torch.allclose(found.flatten(), lpips(vgg, lins, x, x_hat), rtol=1e-4) and not perceptual(x, x).any()
+
+
+def test_without_lpips_own_weights_the_distance_is_the_mean_of_one_minus_the_cosine_and_bears_another_name(files):
+    vgg, _, vgg_file, _ = files
+    perceptual, x, x_hat = Perceptual(vgg_file), smooth(2, 3, 32), smooth(2, 3, 32)
+    cosines = [1 - F.cosine_similarity(vgg[:i + 1](z(x)), vgg[:i + 1](z(x_hat))).mean((1, 2)) for i in (3, 8, 15, 22, 29)
+               for z in [lambda x: (x - torch.tensor([-.030, -.088, -.188]).view(3, 1, 1)) / torch.tensor([.458, .448, .450]).view(3, 1, 1)]]
+    assert perceptual.tier == "vgg-uniform" and torch.allclose(perceptual(x, x_hat).flatten(), sum(cosines) / 5, rtol=1e-3)
+
+
+def test_without_files_the_distance_is_the_pyramids():
+    perceptual, x, x_hat = Perceptual(), smooth(2), smooth(2)
+    assert perceptual.tier == "pyramid" and torch.equal(perceptual(x, x_hat), pyramid(x, x_hat))
+
+
+def test_lpips_is_frozen_gives_the_image_a_finite_gradient_and_follows_its_device(files):
+    perceptual = Perceptual(*files[2:])
+    x_hat = torch.cat([smooth(2, 3), -torch.ones(1, 3, 16, 16)]).requires_grad_()
+    perceptual(smooth(3, 3), x_hat).sum().backward()
+    assert x_hat.grad.isfinite().all() and x_hat.grad.flatten(1).any(1).all()
+    assert not any(w.requires_grad for w in perceptual.weights.values())                # the file of the fixture holds nn.Parameters
+    assert perceptual(torch.empty(2, 1, 16, 16, device="meta"), torch.empty(2, 1, 16, 16, device="meta")).device.type == "meta"
+
+
+def hollow(path, change=()):
+    """The weights of a file with nothing in them, few bytes, and what `change` sets (None: left out)."""
+    weights = {k: torch.zeros(1).expand(v.shape) for k, v in run.load_weights(path).items()} | dict(change)
+    return {k: v for k, v in weights.items() if v is not None}
+
+
+@pytest.mark.parametrize("which, change, words", [
+    (0, {"features.0.weight": torch.zeros(64, 1, 3, 3)}, "features.0.weight is (64, 1, 3, 3), must be (64, 3, 3, 3)"),
+    (0, {"features.28.bias": None}, "features.28.bias is missing, must be (512,)"),
+    (0, {"features.17.weight": None, "features.16.weight": torch.zeros(512, 256, 3, 3)}, "features.17.weight is missing"),      # VGG19
+    (0, {"features.5.bias": 3.}, "features.5.bias is missing"),
+    (1, {"lin3.model.1.weight": torch.zeros(1, 256, 1, 1)}, "lin3.model.1.weight is (1, 256, 1, 1), must be (1, 512, 1, 1)"),    # AlexNet's
+    (1, {"lin4.model.1.weight": None}, "lin4.model.1.weight is missing, must be (1, 512, 1, 1)")])
+def test_a_perceptual_file_that_does_not_fit_is_refused_by_name_and_tensor(files, tmp_path, which, change, words):
+    paths = list(files[2:])
+    torch.save(hollow(paths[which], change), tmp_path / "bad.pth")
+    paths[which] = tmp_path / "bad.pth"
+    with pytest.raises(run.UserError) as caught:
+        Perceptual(*paths)
+    assert str(caught.value).startswith(f"{tmp_path / 'bad.pth'}: {words}") and "\n" not in str(caught.value)
+
+
+def test_perceptual_files_that_are_none_or_stand_alone_or_in_the_others_place_are_refused(files, tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("VGG16")
+    vgg, lins = files[2:]
+    for given, named, words in (((tmp_path / "list.pth",), "list.pth", "features.0.weight is missing"), ((tmp_path / "text.pth",), "text.pth", ""),
+                                ((tmp_path / "no.pth",), "no.pth", "no such file"), (("", lins), "lins.pth", "name its file too"),
+                                ((lins,), "lins.pth", "features.0.weight is missing"), ((vgg, vgg), "vgg.pth", "lin0.model.1.weight is missing")):
+        with pytest.raises(run.UserError) as caught:
+            Perceptual(*given)
+        assert f"{named}: " in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- training: the reconstruction loss
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_the_reconstruction_loss_is_summed_over_pixels_and_averaged_over_images_alone(B):
+    x, mean = torch.zeros(B, 3, 8, 4), torch.full((B, 4, 2, 2), 2.)
+    nll, kl_term, parts = reconstruction_loss(x, x + .5, mean, torch.zeros_like(mean), lambda x, x_hat: torch.full((B, 1, 1, 1), .25), kl_weight=1e-3)
+    assert nll == 3 * 8 * 4 * (.5 + .25)                                 # 72, for any B
+    assert torch.isclose(kl_term, torch.tensor(1e-3 * 16 * 2 ** 2 / 2)) and parts == {"l1": .5, "perceptual": .25, "kl": 32}
+
+
+def test_the_reconstruction_loss_of_one_image_does_not_depend_on_its_neighbours_and_the_kl_counts_a_millionth():
+    x, x_hat, (mean, logvar) = smooth(3), smooth(3), torch.randn(2, 3, 4, 2, 2)
+    nll, kl_term, _ = reconstruction_loss(x, x_hat, mean, logvar, Perceptual())
+    each = [reconstruction_loss(*(a[i:i + 1] for a in (x, x_hat, mean, logvar)), Perceptual())[:2] for i in range(3)]
+    assert torch.isclose(nll, sum(e[0] for e in each) / 3) and torch.isclose(kl_term, sum(e[1] for e in each) / 3)
+    assert torch.isclose(kl_term, 1e-6 * kl(mean, logvar).mean())
+
+
+def test_the_log_of_the_reconstruction_loss_has_no_gradient_and_the_loss_reaches_image_and_posterior():
+    x_hat, mean, logvar = (t.requires_grad_() for t in (smooth(2), torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)))
+    nll, kl_term, parts = reconstruction_loss(smooth(2), x_hat, mean, logvar, Perceptual())
+    (nll + kl_term).backward()
+    assert not any(p.requires_grad for p in parts.values()) and all(t.grad.any() for t in (x_hat, mean, logvar))
+
+
+# ---------------------------------------------------------------------------------------------- training: the discriminator
+@pytest.mark.parametrize("channels, parameters", [(1, 2_763_585), (3, 2_765_633)])
+def test_the_discriminator_has_latent_diffusions_parameters_and_maps(channels, parameters):
+    with torch.device("meta"):
+        net = Discriminator(channels)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    for side, out in ((256, 30), (64, 6), (32, 2), (24, 1)):
+        assert net(torch.empty(2, channels, side, side, device="meta")).shape == (2, 1, out, out)
+
+
+def test_the_discriminator_starts_as_latent_diffusions():
+    net = Discriminator(3, 32)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(norms) == 3 and all(abs(w.mean()) < .003 and abs(w.std() - .02) < .003 for w in weights)
+    assert all(abs(m.weight.mean() - 1) < .01 and abs(m.weight.std() - .02) < .01 and not m.bias.any() for m in norms)
+    assert sorted(k for k, _ in net.named_parameters()) == sorted(
+        [f"main.{i}.weight" for i in (0, 2, 3, 5, 6, 8, 9, 11)] + [f"main.{i}.bias" for i in (0, 3, 6, 9, 11)])      # taming's names
+
+
+def test_the_discriminator_equals_a_second_pass_by_torchs_functions():
+    net, x = Discriminator(3, 8), torch.randn(4, 3, 32, 32)
+    state = {k.removeprefix("main."): p + .1 * torch.randn_like(p) for k, p in net.named_parameters()}
+    net.load_state_dict({f"main.{k}": v for k, v in state.items()}, strict=False)
+    h = F.leaky_relu(F.conv2d(x, state["0.weight"], state["0.bias"], stride=2, padding=1), .2)
+    for i, stride in ((2, 2), (5, 2), (8, 1)):
+        h = F.conv2d(h, state[f"{i}.weight"], stride=stride, padding=1)
+        h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        h = F.leaky_relu(h * state[f"{i + 1}.weight"].view(-1, 1, 1) + state[f"{i + 1}.bias"].view(-1, 1, 1), .2)
+    assert torch.allclose(net(x), F.conv2d(h, state["11.weight"], state["11.bias"], padding=1), atol=1e-4)
+
+
+def test_the_hinge_loss_of_a_few_logits_and_where_it_stops_to_push():
+    real, fake = torch.tensor([2., .5, -1.]), torch.tensor([-3., 0., 1.])
+    assert torch.isclose(discriminator_loss(real, fake), torch.tensor(.5 * ((0 + .5 + 2) / 3 + (0 + 1 + 2) / 3)))
+    assert discriminator_loss(torch.tensor([1., 9.]), torch.tensor([-1., -9.])) == 0 and discriminator_loss(torch.zeros(4), torch.zeros(4)) == 1
+
+
+def one_step():
+    """An autoencoder, a discriminator and images to train them on."""
+    torch.manual_seed(1)
+    x = smooth(4, 1, 32)
+    return AutoencoderKL(1, 8, (1, 2), 1, 4), Discriminator(1, 8), x, torch.randn(4, 4, 16, 16)
+
+
+def test_one_backward_pass_and_one_optimizer_train_both_nets_as_two_passes_and_two_optimizers_do():
+    """The oracle is the way of latent-diffusion: the generator's step, its gradients in the discriminator thrown away, the discriminator's."""
+    net, critic, x, noise = one_step()
+    theirs, their_critic = copy.deepcopy(net), copy.deepcopy(critic)
+
+    def nll_and_image(net):
+        mean, logvar = net.encode(x)
+        x_hat = net.decode(sample(mean, logvar, noise))
+        return sum(reconstruction_loss(x, x_hat, mean, logvar, Perceptual())[:2]), x_hat
+
+    nll, x_hat = nll_and_image(net)
+    g, d = gan_losses(critic, x, x_hat)
+    one = torch.optim.Adam([*net.parameters(), *critic.parameters()], 1e-3, (.5, .9))
+    (nll + .3 * g + d).backward()
+    one.step()
+
+    two = [torch.optim.Adam(n.parameters(), 1e-3, (.5, .9)) for n in (theirs, their_critic)]
+    nll, x_hat = nll_and_image(theirs)
+    (nll - .3 * their_critic(x_hat).mean()).backward()
+    their_critic.zero_grad()
+    discriminator_loss(their_critic(x), their_critic(x_hat.detach())).backward()
+    for optimizer in two:
+        optimizer.step()
+    for a, b in ((net, theirs), (critic, their_critic)):
+        for (name, p), q in zip(a.named_parameters(), b.parameters()):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6) and torch.allclose(p, q, atol=1e-4), name
+
+
+def test_the_generators_term_reaches_the_image_alone_and_the_discriminators_loss_the_discriminator_alone():
+    _, critic, x, _ = one_step()
+    x_hat = smooth(4, 1, 32).requires_grad_()
+    g, d = gan_losses(critic, x, x_hat)
+    g.backward()
+    assert x_hat.grad.any() and all(p.grad is None for p in critic.parameters()) and all(p.requires_grad for p in critic.parameters())
+    (wanted,) = torch.autograd.grad(-critic(x_hat).mean(), x_hat)
+    assert torch.allclose(x_hat.grad, wanted, atol=1e-7)
+    before = x_hat.grad.clone()
+    d.backward()
+    assert torch.equal(x_hat.grad, before)
+    assert all(p.grad.any() for name, p in critic.named_parameters() if name != "main.11.bias")     # within the margins it cancels
+
+
+def test_batch_norms_count_the_real_images_once_and_the_made_ones_once():
+    _, critic, x, _ = one_step()
+    x_hat, other = smooth(4, 1, 32), copy.deepcopy(critic)
+    gan_losses(critic, x, x_hat)
+    other(x), other(x_hat)
+    assert critic.main[3].num_batches_tracked == 2
+    assert all(torch.equal(a, b) for a, b in zip(critic.buffers(), other.buffers()))
+
+
+def test_under_autocast_the_losses_are_float32_and_close():
+    net, critic, x, noise = one_step()
+    values = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            mean, logvar = net.encode(x)
+            x_hat = net.decode(sample(mean, logvar, noise))
+            nll, kl_term, _ = reconstruction_loss(x, x_hat, mean, logvar, Perceptual())
+            values.append(torch.stack([nll, kl_term, *gan_losses(critic, x, x_hat)]))
+            ratio = adaptive_weight(nll, values[-1][2], net.decoder.conv_out.weight)
+    assert values[1].dtype == ratio.dtype == torch.float32 and ratio.isfinite() and torch.allclose(*values, rtol=.05, atol=.02)
+
+
+# ---------------------------------------------------------------------------------------------- training: the weights of the terms
+def test_the_adaptive_weight_is_the_ratio_of_known_gradients_without_a_gradient_and_leaves_the_graph():
+    w = torch.tensor([1., 2.], requires_grad=True)
+    nll, g = 3 * w[0] + 4 * w[1], -w[0] ** 2                              # gradients (3, 4) and (-2, 0)
+    found = adaptive_weight(nll, g, w)
+    assert torch.isclose(found, torch.tensor(5 / (2 + 1e-4))) and not found.requires_grad and w.grad is None
+    (nll + found * g).backward()
+    assert torch.allclose(w.grad, torch.tensor([3 - 2 * 5 / 2.0001, 4]))
+
+
+@pytest.mark.parametrize("a, b, wanted", [(0., 3., 0.), (1., 0., 1e4), (5., 0., 1e4), (1e-3, 0., 10.), (2., .5, 2 / .5001)])
+def test_the_adaptive_weight_lies_in_0_to_10000(a, b, wanted):
+    w = torch.ones(1, requires_grad=True)
+    assert torch.isclose(adaptive_weight((a * w).sum(), (b * w).sum(), w), torch.tensor(wanted))
+
+
+def test_the_adaptive_weight_makes_the_generators_gradient_as_long_as_the_reconstructions_at_the_last_layer():
+    net, critic, x, noise = one_step()
+    mean, logvar = net.encode(x)
+    x_hat, last = net.decode(sample(mean, logvar, noise)), net.decoder.conv_out.weight
+    nll, _, _ = reconstruction_loss(x, x_hat, mean, logvar, Perceptual())
+    g, _ = gan_losses(critic, x, x_hat)
+    a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, adaptive_weight(nll, g, last) * g))
+    assert torch.isclose(a, b, rtol=.05)                                 # but for the 1e-4
+
+
+def test_the_discriminator_counts_from_step_50001():
+    assert [gan_weight(step) for step in (0, 1, 50_000, 50_001, 50_002, 300_000)] == [0, 0, 0, .5, .5, .5]
+    assert [gan_weight(step, weight=1.) for step in (50_000, 50_001)] == [0, 1] and [gan_weight(s, 3, .2) for s in (2, 3)] == [0, .2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_short_training_lowers_the_error_on_images_that_were_not_trained_on():
+    torch.manual_seed(0)
+    net, perceptual = AutoencoderKL(1, 8, (1, 2), 1, 4), Perceptual()
+    optimizer, held_out = torch.optim.Adam(net.parameters(), 2e-3, (.5, .9)), smooth(32)
+
+    def error():
+        with torch.no_grad():
+            return (net.decode(net.encode(held_out)[0]) - held_out).abs().mean().item()
+
+    before = error()
+    for _ in range(100):
+        x = smooth(8)
+        mean, logvar = net.encode(x)
+        nll, kl_term, _ = reconstruction_loss(x, net.decode(sample(mean, logvar, torch.randn_like(mean))), mean, logvar, perceptual)
+        optimizer.zero_grad()
+        (nll + kl_term).backward()
+        optimizer.step()
+    assert error() < .35 * before

@@ -489,3 +489,79 @@ def test_box_masks_of_many_boxes_stand_in_the_order_of_the_boxes():
     widths, heights = ((boxes[..., k + 2] - boxes[..., k]).clip(0) for k in (0, 1))
     inside = np.minimum(boxes[..., 3], 8) - np.minimum(boxes[..., 1], 8)
     assert np.array_equal(found.sum((2, 3)), widths * inside.clip(0)) and heights.any()
+
+
+# ---------------------------------------------------------------------------------------------- images
+def image_pair(N=2, C=2, H=13, W=15, spread=40, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (N, C, H, W))
+    return x.astype(np.uint8), (x + rng.integers(-spread, spread + 1, x.shape)).clip(0, 255).astype(np.uint8)
+
+
+def ssim_at(a, b):
+    """Of two 11x11 patches, lists of Python numbers: Wang et al. 2004, eq. 13 with the moments of eqs. 14 to 16."""
+    places = list(itertools.product(range(11), range(11)))
+    w = {(i, j): math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for i, j in places}
+    total = sum(w.values())
+    mean_a, mean_b = (sum(w[i, j] * c[i][j] for i, j in places) / total for c in (a, b))
+    var_a, var_b = (sum(w[i, j] * (c[i][j] - m) ** 2 for i, j in places) / total for c, m in ((a, mean_a), (b, mean_b)))
+    cov = sum(w[i, j] * (a[i][j] - mean_a) * (b[i][j] - mean_b) for i, j in places) / total
+    c1, c2 = 2.55 ** 2, 7.65 ** 2
+    return (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
+
+
+@pytest.mark.parametrize("H, W", [(13, 15), (11, 11), (11, 14)])
+def test_ssim_equals_a_double_loop_over_positions(H, W):
+    x, y = image_pair(H=H, W=W)
+    each = [ssim_at(x[n, c, i:i + 11, j:j + 11].tolist(), y[n, c, i:i + 11, j:j + 11].tolist())
+            for n in range(2) for c in range(2) for i in range(H - 10) for j in range(W - 10)]
+    assert M.ssim(x, y) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_psnr_equals_a_double_loop_and_is_the_mean_of_the_images_own():
+    x, y = image_pair()
+    each = []
+    for a, b in zip(x.tolist(), y.tolist()):
+        squares = [(a[c][i][j] - b[c][i][j]) ** 2 for c in range(2) for i in range(13) for j in range(15)]
+        each.append(20 * math.log10(255) - 10 * math.log10(sum(squares) / len(squares)))
+    assert M.psnr(x, y) == pytest.approx(sum(each) / 2, abs=1e-12) and each[0] != each[1]
+
+
+@pytest.mark.parametrize("a, b", [(0, 255), (10, 20), (200, 190), (7, 7)])
+def test_ssim_of_two_flat_images_is_that_of_their_brightness(a, b):
+    x, y = np.full((1, 1, 12, 12), a, np.uint8), np.full((1, 1, 12, 12), b, np.uint8)
+    assert M.ssim(x, y) == pytest.approx((2 * a * b + 2.55 ** 2) / (a * a + b * b + 2.55 ** 2), abs=1e-9)
+
+
+def test_ssim_is_one_of_equal_images_the_same_both_ways_and_falls_with_noise_and_for_a_negative():
+    x, _ = image_pair()
+    little, much = image_pair(spread=20)[1], image_pair(spread=90)[1]
+    assert M.ssim(x, x) == pytest.approx(1, abs=1e-12) and M.ssim(x, little) == pytest.approx(M.ssim(little, x), abs=1e-12)
+    assert 1 > M.ssim(x, little) > M.ssim(x, much) > M.ssim(x, 255 - x) and M.ssim(x, 255 - x) < 0
+
+
+def test_psnr_of_a_grey_level_everywhere_is_48_decibels_and_uint8_does_not_wrap_around():
+    x = np.full((3, 1, 4, 4), 254, np.uint8)
+    assert M.psnr(x, x + np.uint8(1)) == M.psnr(x + np.uint8(1), x) == pytest.approx(48.1308, abs=1e-4)
+    assert M.psnr(x * 0, x * 0 + np.uint8(255)) == 0
+
+
+def test_psnr_leaves_out_pairs_of_equal_images_and_is_nan_where_all_are():
+    x, y = image_pair(N=3)
+    one = M.psnr(x[1:2], y[1:2])
+    y[[0, 2]] = x[[0, 2]]
+    assert M.psnr(x, y) == one and np.isnan(M.psnr(x, x))
+
+
+@pytest.mark.parametrize("metric", [M.psnr, M.ssim])
+def test_images_that_are_not_two_stacks_of_uint8_of_one_shape_are_refused(metric):
+    x, y = image_pair()
+    for a, b in ((x / 255, y), (x, y.astype(np.float32)), (x[0], y[0]), (x, y[:1]), (x[:0], y[:0]), (x.astype(np.int64), y)):
+        with pytest.raises(ValueError, match="^x and y must be uint8"):
+            metric(a, b)
+
+
+@pytest.mark.parametrize("H, W", [(10, 11), (20, 10)])
+def test_ssim_refuses_images_smaller_than_its_window(H, W):
+    with pytest.raises(ValueError, match=f"^x and y are images of {H}x{W}, the sides must be 11 or more$"):
+        M.ssim(*image_pair(H=H, W=W))

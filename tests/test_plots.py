@@ -69,11 +69,14 @@ PICTURES = {
     "no lines": lambda p: plots.line_chart(p, {}, "t", "steps", "accuracy", hline={"Bayes": 0.9}),
     "letters the font lacks": lambda p: plots.line_chart(p, {"π 中文 \udcff": ([1, 2], [1, 2])}, "Ü\n\x00 \U0001F600", "шаг", "точность"),
     "a title too long": lambda p: plots.coverage(p, {"x" * 500: ([0.1, 1], [0.9, 0.8])}, "w" * 500),
+    "bars of 14 labels": lambda p: plots.grouped_bars(p, {m: np.linspace(j / 4, 1, 14) for j, m in enumerate("ab")}, LONG * 2, "t", "note", .5),
+    "bars of nan": lambda p: plots.grouped_bars(p, {"a": [NAN, 0, 1], "w" * 500: [.5, None, 7]}, ["x" * 300, "y", ""], "w" * 500, "n" * 500, .5),
     "confusion of 1": lambda p: plots.confusion(p, [[3]], ["only"]),
     "confusion of 2": lambda p: plots.confusion(p, [[512, 44], [0, 0]], ["normal", "pneumonia"], "t"),
     "confusion of 7": lambda p: plots.confusion(p, np.full((7, 7), 1341), LONG),
     "confusion of 15": lambda p: plots.confusion(p, np.diag(np.full(15, 99999)), LONG * 2 + ["nv"]),
     "reliability": lambda p: plots.reliability(p, [NAN, 0.3, 0.5, 0.7, 0.95], [NAN, 0.2, 0.5, 0.6, 0.9], [0, 10, 20, 30, 12345], 0.04, "t"),
+    "reliability of several labels": lambda p: plots.reliability(p, [.1, .9], [.2, .8], [10, 99999], 0.04, "t", pooled=True),
     "reliability of nothing": lambda p: plots.reliability(p, [NAN] * 5, [NAN] * 5, [0] * 5, NAN),
     "grid": lambda p: plots.image_grid(p, IMAGES, [f"true: {LONG[i % 7]}\npredicted: nv" for i in range(11)], columns=4, title="t"),
     "grid of rows": lambda p: plots.image_grid(p, [IMAGES[:3], IMAGES[3:5], []], [["input", "a", "counterfactual"], ["b", "c"]], row_names=LONG[:3]),
@@ -81,6 +84,7 @@ PICTURES = {
     "grid of grey 300 x 200": lambda p: plots.image_grid(p, np.zeros((2, 1, 200, 300), np.uint8), ["a", "b"]),
     "panel": lambda p: plots.panel(p, IMAGES[0], "a.jpg: nv", dict(zip(LONG, np.arange(7) / 21)), ["words " * 60, "x" * 300], {LONG[3]: (0.1, 0.3)}),
     "panel of 40 classes": lambda p: plots.panel(p, np.zeros((1, 700, 20), np.uint8), "t", {f"class {i}": i / 800 for i in range(40)}),
+    "panel of all of 40 labels": lambda p: plots.panel(p, IMAGES[0], "t", {f"label {i}": i / 39 for i in range(40)}, most=40),
     "panel of nothing": lambda p: plots.panel(p, IMAGES[0], "", {}),
     "tensors": lambda p: plots.panel(p, torch.from_numpy(IMAGES[0]), "t", {"a": torch.tensor(0.5)}, intervals={"a": torch.tensor([0.1, 0.6])}),
     "a line of tensors": lambda p: plots.line_chart(p, {"a": (torch.arange(4), torch.ones(4), torch.zeros(4), torch.ones(4))}, "t"),
@@ -201,6 +205,21 @@ def test_a_key_measured_every_third_epoch_is_drawn_as_one_line(tmp_path):
 def test_a_likelier_class_has_a_longer_bar(tmp_path):
     small, large = (coloured(plots.panel(tmp_path / "a.png", IMAGES[0] * 0, "t", {"a": p}), plots.SKY) for p in (0.3, 0.6))
     assert large == pytest.approx(2 * small, rel=0.02)
+
+
+def test_a_group_has_a_bar_of_each_series_as_long_as_its_value_and_none_where_it_is_undefined(tmp_path):
+    path = plots.grouped_bars(tmp_path / "a.png", {"a": [.5, .25], "b": [1., NAN]}, ["x", "y"])
+    square, unit = 15 * 14, (676 - 28 - int(plots.font(13).getlength("y"))) * 15       # in the legend; a bar of 1
+    assert coloured(path, plots.BLUE) - square == pytest.approx(.75 * unit, rel=.01)
+    assert coloured(path, plots.VERMILION) - square == pytest.approx(unit, rel=.01)
+    (high, low), (other, _) = rows_of(path, plots.BLUE), rows_of(path, plots.VERMILION)
+    assert high < other < low, "the second label's bar lies below"
+
+
+def test_a_panel_has_as_many_bars_as_asked(tmp_path):
+    bars = {f"label {i:02}": 1. for i in range(14)}
+    ten, all_ = (coloured(plots.panel(tmp_path / "a.png", IMAGES[0], "t", bars, **most), plots.SKY) for most in ({}, dict(most=14)))
+    assert all_ / ten == pytest.approx(1.4, rel=.02)                     # names of other widths leave other room
 
 
 def test_accuracy_and_count_are_areas_in_the_reliability_picture(tmp_path):

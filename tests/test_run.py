@@ -4,6 +4,7 @@ What a whole run survives (kills, full disks, non-finite numbers) is in test_fau
 """
 import collections
 import contextlib
+import csv
 import dataclasses
 import io
 import json
@@ -19,6 +20,7 @@ import struct
 import tarfile
 import time
 import traceback
+import types
 import typing
 import zipfile
 from pathlib import Path
@@ -29,9 +31,9 @@ import torch
 from torch import nn
 
 import diffmic
-from common import run
+from common import metrics, run
 from common.mmd import mmd_rbf
-from data import Batches, Split, toy
+from data import Batches, DataSet, Split, toy
 
 FIELDS = dataclasses.fields(diffmic.Config)
 
@@ -543,6 +545,143 @@ def test_resume_needs_a_run_and_one_only(tmp_path):
     assert run.resume_folder(str(tmp_path), "") == run.resume_folder("", str(tmp_path)) == run.resume_folder(str(tmp_path / "last.pt"), "") == tmp_path
     with pytest.raises(run.UserError, match="one of the two"):
         run.resume_folder(str(tmp_path), str(tmp_path / "elsewhere"))
+
+
+# ----------------------------------------------------------------------------- several labels an image, hidden labels
+
+LABELS = ["effusion", "mass", "nodule"]
+
+
+def several(n=60, seed=0, one_class=False):
+    """A multi-label Split, and two models of it that know something."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, 3)) < (.5, .3, 0 if one_class else .2)).astype(np.float32)
+    p, q = (1 / (1 + np.exp(2 - strength * labels - rng.normal(size=labels.shape))) for strength in (4, 2))
+    return Split(np.zeros((n, 1, 28, 28), np.uint8), labels, [f"i{i}" for i in range(n)]), {"mediffusion": p, "resnet": q}
+
+
+def read_predictions(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_predictions_of_several_labels_are_read_back_as_they_were(tmp_path):
+    split, predictions = several()
+    p, uncertainty = predictions["mediffusion"], np.random.default_rng(1).random((60, 3))
+    p[0], split.labels[0], p[1, 0], split.labels[2] = .4, 0, .5, -1     # says nothing and is nothing; just named; unknown
+    split.labels[3] = 0, -1, 1                                          # of one label unknown
+    run.write_predictions(tmp_path / "p.csv", split, p, uncertainty, LABELS)
+    rows = read_predictions(tmp_path / "p.csv")
+    assert list(rows[0]) == ["id", "true", "predicted", "uncertainty", "p:effusion", "p:mass", "p:nodule"] and [r["id"] for r in rows] == split.ids
+    for column, chosen in (("true", split.labels == 1), ("predicted", p >= .5)):
+        assert [[c in r[column].split("|") for c in LABELS] for r in rows] == chosen.tolist()
+    assert (rows[0]["true"], rows[0]["predicted"], rows[2]["true"], rows[3]["true"]) == ("", "", "", "nodule")
+    assert any(r["true"].count("|") == 1 for r in rows) and "effusion" in rows[1]["predicted"]
+    np.testing.assert_allclose([float(r["uncertainty"]) for r in rows], uncertainty.mean(1), atol=1e-6)
+    np.testing.assert_allclose([[float(r[f"p:{c}"]) for c in LABELS] for r in rows], p, atol=1e-6)
+
+
+def test_several_labels_are_scored_label_by_label_and_one_that_nobody_has_is_left_out():
+    split, predictions = several(one_class=True)
+    split.posterior = predictions["mediffusion"]
+    result = run.score(split, predictions, 1 - np.maximum(split.posterior, 1 - split.posterior), split.labels, ci=5)
+    test, majority = result["test"], result["baselines"]["majority"]
+    assert test["n"] == 60 and test["auroc_labels"] == 2 and np.isnan(test["per_label"]["auroc"][2])
+    assert test["auroc"] == np.mean(test["per_label"]["auroc"][:2]) > result["baselines"]["resnet"]["auroc"] > majority["auroc"] == .5
+    np.testing.assert_equal({k: v for k, v in test.items() if k != "ci95"}, result["bayes"])
+    assert set(test["ci95"]) >= {"auroc", "accuracy"}
+    assert majority["accuracy"] == pytest.approx(np.maximum(split.labels.mean(0), 1 - split.labels.mean(0)).mean())
+    row = run.validation(split, predictions, "mediffusion")
+    assert row["val_auroc"] == test["auroc"] and row["val_resnet_accuracy"] == result["baselines"]["resnet"]["accuracy"]
+    assert f"{test['auroc']:10.3f}" in run.table("mediffusion", result) and "Bayes optimum" in run.table("mediffusion", result)
+    assert json.loads(run.as_json(result))["test"]["per_label"]["auroc"][2] is None
+
+
+def test_every_label_of_every_image_is_an_answer_to_set_aside():
+    """An oracle: a loop over the 180 answers."""
+    split, predictions = several()
+    uncertainty = np.random.default_rng(1).random((60, 3))
+    found = run.selective(split, predictions, uncertainty)
+    for name, p in predictions.items():
+        answers = sorted((uncertainty[i, k] if name == "mediffusion" else min(p[i, k], 1 - p[i, k]), (p[i, k] >= .5) == split.labels[i, k])
+                         for i in range(60) for k in range(3))
+        for kept, accuracy in zip(*found[name]):
+            n = 180 - int(180 * (1 - kept) + 1e-9)
+            assert accuracy == pytest.approx(np.mean([right for _, right in answers[:n]]))
+    assert found["resnet"][1][0] == run.score(split, predictions, uncertainty, ci=0)["baselines"]["resnet"]["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["one label", "several labels"])
+def test_the_majority_counts_the_labels_that_are_shown_and_no_others(kind):
+    rng = np.random.default_rng(0)
+    if kind == "one label":
+        split, labels = Split(np.zeros((50, 1, 28, 28), np.uint8), np.arange(50) % 3, list(map(str, range(50)))), rng.choice(3, 40, p=[.2, .7, .1])
+        p, rows = np.full((50, 3), 1 / 3), lambda labels: np.eye(3)[labels]
+    else:
+        split, p, labels, rows = several(50)[0], np.full((50, 3), .5), several(40, seed=1)[0].labels, lambda labels: labels
+    hidden = np.concatenate([labels, np.full_like(labels, -1)])
+    want = metrics.summary(split.labels, np.tile(rows(labels).mean(0), (50, 1)))
+    for given in (labels, hidden, hidden[::-1]):
+        got = run.score(split, {"m": p}, np.zeros(p.shape[:split.labels.ndim]), given, ci=0)["baselines"]["majority"]
+        assert got["nll"] == pytest.approx(want["nll"]) and got["accuracy"] == want["accuracy"] and got["ece"] == pytest.approx(want["ece"])
+
+
+def test_the_share_of_a_label_is_that_among_the_images_where_it_is_known():
+    counts, known = run.class_counts(np.array([[1, -1, -1], [0, 1, -1], [-1, 1, -1]], np.float32), 3)
+    assert counts.tolist() == [1, 2, 0] and known.tolist() == [2, 2, 0]
+    counts, known = run.class_counts(np.array([2, -1, 0, 2, -1]), 4)
+    assert counts.tolist() == [1, 0, 2, 0] and known == 3
+    split, predictions = several()
+    labels = np.where([True, True, False], split.labels, -1)            # the last label is never known
+    assert run.score(split, predictions, np.zeros((60, 3)), labels, ci=0)["baselines"]["majority"]["per_label"]["nll"][2] > 1
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_the_first_lines_of_a_run_count_the_known_labels_of_either_kind(hide, capsys):
+    one = Split(np.zeros((8, 1, 28, 28), np.uint8), np.array([0, 1, 1, 2, 0, 1, 1, 2]), list("abcdefgh"))
+    many = several(8)[0]
+    many.labels[:] = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]] * 2)
+    for split, multilabel, half, whole in ((one, False, (1, 2, 1), (2, 4, 2)), (many, True, (2, 2, 0), (4, 4, 0))):
+        train = dataclasses.replace(split, labels=split.labels.copy())
+        train.labels[4:] = -1 if hide else train.labels[4:]
+        run.describe(diffmic.Config(), DataSet(train, split, split, LABELS, multilabel, 1), "diffmic", nn.Linear(2, 3), "cpu")
+        words = lambda counts: "  ".join(f"{c} {n}" for c, n in zip(LABELS, counts))
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert lines == [f"  train      8 (4 labelled)  {words(half)}" if hide else f"  train      8  {words(whole)}",
+                         f"  val        8  {words(whole)}", f"  test       8  {words(whole)}"]
+
+
+def test_the_pictures_of_several_labels_have_the_auroc_of_each_and_no_confusion_matrix(tmp_path, monkeypatch):
+    split, predictions = several(one_class=True)
+    drawn, bars = [], run.plots.grouped_bars
+    monkeypatch.setattr(run.plots, "grouped_bars", lambda path, series, *more: drawn.append(series) or bars(path, series, *more))
+    run.write_evaluation(tmp_path, split, LABELS, predictions, np.zeros((60, 3)), [{"epoch": 1, "loss": .5}])
+    assert sorted(os.listdir(tmp_path / "figures")) == ["coverage.png", "curves.png", "labels.png", "reliability.png"]
+    assert len(read_predictions(tmp_path / "predictions.csv")) == 60
+    for name, p in predictions.items():
+        np.testing.assert_equal(drawn[0][name], metrics.summary(split.labels, p)["per_label"]["auroc"])
+
+
+def test_predict_names_every_finding_or_none(tmp_path, monkeypatch, capsys):
+    p = np.array([[.9, .2, .5], [.1, .2, .3]])
+    kinds = {"entropy": np.array([[.1, .2, .6], [.5, .5, .2]]), "spread": np.zeros((2, 3))}
+    split = Split(np.zeros((2, 1, 28, 28), np.uint8), np.full((2, 3), -1, np.float32), ["there/a.png", "b.png"])
+    method = types.SimpleNamespace(METHOD="m", Config=None, build=None, read_split=lambda *given: (split, ["c.png: unreadable"]),
+                                   evaluate=lambda nets, split, config, device: ({"m": p, "resnet": p}, kinds))
+    config = diffmic.Config(output=str(tmp_path))
+    config.uncertainty = "entropy"
+    monkeypatch.setattr(run, "load_model", lambda *given: (config, None, dict(classes=LABELS, multilabel=True), "cpu"))
+    bars = []
+    monkeypatch.setattr(run.plots, "panel", lambda path, image, title, shown, lines, most: bars.append((path.name, title, shown, lines, most)))
+    run.predict_command(method, "best.pt", ["a.png", "b.png"], str(tmp_path / "out"))
+    first, second, problem, where = capsys.readouterr().out.splitlines()
+    assert first == "there/a.png  effusion  p 0.900, nodule  p 0.500  entropy 0.300  spread 0.000"
+    assert second == "b.png  no finding  entropy 0.400  spread 0.000"
+    assert problem == "c.png: unreadable" and "predictions.csv" in where
+    assert bars == [("0000-a.png", "effusion, nodule: a.png", dict(zip(LABELS, p[0])), ["entropy 0.300", "spread 0.000"], 3),
+                    ("0001-b.png", "no finding: b.png", dict(zip(LABELS, p[1])), ["entropy 0.400", "spread 0.000"], 3)]
+    rows = read_predictions(tmp_path / "out" / "predictions.csv")
+    assert [(r["true"], r["predicted"], r["uncertainty"]) for r in rows] == [("", "effusion|nodule", "0.300000"), ("", "", "0.400000")]
 
 
 # ----------------------------------------------------------------------------- non-finite numbers, signals
