@@ -76,16 +76,16 @@ def load_for(config, facts=None):
     known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
     data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
                 skip_bad=config.skip_bad, **known)
-    judged = getattr(config, "judged", 0)
-    for number, part in enumerate(splits.SPLITS[1:] if judged else ()):
-        whole = getattr(data, part)
-        if whole is not None and len(whole) > judged:
-            setattr(data, part, whole.take(splits.draw(whole.labels, judged, np.random.default_rng([config.seed, 3 + number]))))
     if hasattr(config, "labels") and data.train is not None:
         known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
         data.train = dataclasses.replace(data.train, few=(np.flatnonzero(known), config.labelled_batch), labels=data.train.labels.copy())
         data.train.labels[~known] = -1
         data.notes.append(f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it")
+    judged = getattr(config, "judged", 0)
+    for number, part in enumerate(splits.SPLITS[1:] if judged else ()):
+        whole = getattr(data, part)
+        if whole is not None and len(whole) > judged:
+            setattr(data, part, whole.take(splits.draw(whole.labels, judged, np.random.default_rng([config.seed, 3 + number]))))
     return data
 
 

@@ -1,4 +1,5 @@
 """The cache decodes once; groups stay on one side; load() draws, drops duplicates and refuses what cannot be learnt from."""
+import dataclasses
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ import data
 from data import Batches, DataError, Split, batches, cache, images, splits
 from data.__main__ import main
 from data.tables import Record, read_columns, read_table
+from tests.loading import noted
 
 RNG = np.random.default_rng(0)
 
@@ -485,6 +487,63 @@ def test_of_another_data_set_a_model_gets_the_test_split_alone(tmp_path):
     assert toy.train is None and len(toy.test) == 12
 
 
+@pytest.mark.parametrize("labels", ["0.3", "1e-9", "1"])
+@pytest.mark.parametrize("name", ["toy", "toy_xray"])
+def test_the_labels_of_whole_patients_are_hidden_in_train_alone(name, labels):
+    settings = Settings(data=name, size=28, limit=100, seed=2)
+    whole, found = data.load_for(settings), data.load_for(Settings(**vars(settings), labels=labels, labelled_batch=6))
+    shown = splits.labelled(whole.train, labels, 2)
+    (rows, n), train = found.train.few, found.train
+    assert np.array_equal(rows, np.flatnonzero(shown)) and n == 6 and train.labels.dtype == whole.train.labels.dtype
+    assert np.array_equal(train.labels[shown], whole.train.labels[shown]) and (train.labels[~shown] == -1).all()
+    of = [{g for g, known in zip(train.groups, shown) if known == side} for side in (True, False)]
+    assert not of[0] & of[1] and len(of[0] | of[1]) < 100                       # lesions or patients, of which some have two images
+    assert splits.labelled(dataclasses.replace(whole.train, groups=None), "0.3", 2).tolist() != splits.labelled(whole.train, "0.3", 2).tolist()
+    for key in ("images", "ids", "groups", "boxes", "posterior"):
+        assert np.array_equal(getattr(train, key), getattr(whole.train, key))
+    for part in ("val", "test"):
+        ours, theirs = getattr(found, part), getattr(whole, part)
+        assert np.array_equal(ours.labels, theirs.labels) and ours.ids == theirs.ids and ours.few is None and (ours.labels >= 0).all()
+    note = f"--labels {labels}: {len(rows)} of 100 training images keep their label; the others are seen without it"
+    assert found.notes == [*whole.notes, note] and whole.train.few is None
+    assert {"0.3": range(30, 33), "1e-9": range(4, 9), "1": [100]}[labels].count(len(rows))
+    (batch, *_) = Batches(train, 20, train=True)
+    assert len(batch.y) == 20 and len(batch.few.y) == 6 and (batch.few.y >= 0).all()
+
+
+def test_a_file_names_the_images_that_keep_their_label(tmp_path, monkeypatch):
+    root, names = make_folder(tmp_path / "set", 30), tmp_path / "names.txt"
+    whole = data.load_for(Settings(root=str(root)))
+    before = whole.train.labels.copy()
+    names.write_text("\n".join([*whole.train.ids[3:12:2], *whole.val.ids, whole.test.ids[0][:-4], *whole.test.ids[1:]]))
+    given = dict(root=str(root), labels=str(names), labelled_batch=2)
+    for more in ({}, dict(judged=2)):                                           # of validation and test some, or all
+        found = data.load_for(Settings(**given, **more))
+        assert found.train.few[0].tolist() == np.flatnonzero(found.train.labels >= 0).tolist() == [3, 5, 7, 9, 11] and found.train.few[1] == 2
+        assert np.array_equal(found.train.labels[3:12:2], before[3:12:2]) and noted(found, f"--labels {names}: 5 of 36 training images keep their label")
+        assert [len(s) for s in (found.val, found.test)] == ([2, 2] if more else [6, 18]) and (found.test.labels >= 0).all()
+    train = whole.train
+    monkeypatch.setattr(data, "load", lambda *_, **__: whole)
+    assert (data.load_for(Settings(**given)).train.labels == -1).sum() == 31
+    assert np.array_equal(train.labels, before) and train.few is None           # no array of the loader's is changed
+    names.write_text("a/nobody.png\n")
+    with pytest.raises(DataError, match="a/nobody.png"):
+        data.load_for(Settings(**given))
+
+
+def test_of_another_data_set_no_label_is_hidden(tmp_path):
+    root = make_folder(tmp_path / "set")
+    given, facts = dict(root=str(root), labels=str(tmp_path / "gone.txt"), labelled_batch=2), dict(classes=["a", "b"], channels=3)
+    plain = data.load_for(Settings(root=str(root)), facts | dict(own_data=False))
+    found = data.load_for(Settings(**given), facts | dict(own_data=False))      # its list is not even read
+    assert found.train is None and found.val is None and len(found.test) == 20 and found.notes == plain.notes
+    assert np.array_equal(found.test.labels, plain.test.labels) and found.test.few is None
+    with pytest.raises(DataError, match="gone.txt"):
+        data.load_for(Settings(**given), facts | dict(own_data=True))
+    new, again = (data.load_for(Settings(**given | dict(labels="0.5")), known) for known in (None, facts | dict(own_data=True)))
+    assert np.array_equal(new.train.labels, again.train.labels) and (new.train.labels == -1).sum() == 6 and noted(again, "--labels 0.5: 6 of 12")
+
+
 def test_a_users_files_are_a_split_without_labels(tmp_path):
     paths = make_images(tmp_path / "x", 3)
     (lone,) = make_images(tmp_path / "y", 1)
@@ -525,3 +584,149 @@ def test_images_augmented_a_few_at_a_time_are_those_augmented_together():
     (part,) = Batches(Split(made, np.zeros(20, np.int64), list(map(str, range(20)))), 20, train=True, augment=("hflip", "rotate"))
     flip, angle = batches.draw_changes(("hflip", "rotate"), 20, np.random.default_rng([0, 2, 0, 0, 0]))
     assert torch.allclose(part.x, batches.finish(torch.from_numpy(made[part.index]), flip, angle), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ batches of few labels
+FLIPS = ("hflip", "vflip")
+
+
+def partly(few, joining, n=50, multilabel=False, classes=3):
+    """n images of noise, 6 x 9, of which as many have a label as `few` says, here and there; `joining` of them join each batch."""
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.permutation(n)[:few])
+    labels = np.full((n, classes), -1, np.float32) if multilabel else np.full(n, -1)
+    labels[rows] = rng.random((few, classes)) < [.6, .3, .1] if multilabel else np.arange(few) % classes
+    return Split(rng.integers(0, 256, (n, 3, 6, 9), np.uint8), labels, [f"{i:03d}" for i in range(n)], few=(rows, joining))
+
+
+def same(one, other):
+    """Whether two batches are the same, with what joins them."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.x, other.x) and torch.equal(one.y, other.y) and np.array_equal(one.index, other.index) and \
+        np.array_equal(one.variant, other.variant) and one.place == other.place and same(one.few, other.few)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("few, joining", [(7, 4), (7, 20), (40, 2), (28, 4), (1, 3), (50, 8)])
+def test_to_each_batch_belong_labelled_images_all_of_them_in_turn(few, joining, multilabel):
+    split, orders = partly(few, joining, multilabel=multilabel), []
+    for epoch in range(3):
+        found = list(Batches(split, 8, train=True, seed=1, start=7 * epoch))
+        assert [b.place for b in found] == [b.few.place for b in found] == [(epoch, number, 7) for number in range(7)]
+        assert all(len(b.few.y) == len(b.few.x) == len(b.few.index) == len(b.few.variant) == joining and b.few.few is None for b in found)
+        assert np.sort(np.concatenate([b.index for b in found])).tolist() == list(range(50)) and {len(b.y) for b in found} == {7, 8}
+        order = np.concatenate([b.few.index for b in found])
+        rounds = [order[i:i + few] for i in range(0, len(order), few)]
+        assert all(np.array_equal(np.sort(part), split.few[0]) for part in rounds[:7 * joining // few])
+        assert len(set(rounds[-1])) == len(rounds[-1]) and set(order) <= set(split.few[0])
+        orders += [part.tolist() for part in rounds if len(part) == few] or [order.tolist()]
+    assert few == 1 or len(set(map(tuple, orders))) == len(orders)              # each round in an order of its own
+
+
+def test_without_few_and_where_a_split_is_judged_nothing_joins():
+    split = partly(7, 4)
+    plain = dataclasses.replace(split, few=None)
+    for options in (dict(), dict(augment=(*FLIPS, "rotate")), dict(rank=1, world=2)):
+        for joined, alone in zip(Batches(split, 8, train=True, **options), Batches(plain, 8, train=True, **options), strict=True):
+            assert alone.few is None and joined.few is not None and same(joined._replace(few=None), alone)      # the main stream is as ever
+        judged, rows = list(Batches(split, 8, **options)), np.arange(options.get("rank", 0), 50, options.get("world", 1))
+        assert all(b.few is None for b in judged) and np.array_equal(np.concatenate([b.index for b in judged]), rows)
+        assert [b.place for b in judged] == [(0, number, len(judged)) for number in range(len(judged))]
+    assert split.take(np.arange(20)).few is None                                # rows of the whole are none of a part
+
+
+@pytest.mark.parametrize("options", [dict(), dict(balanced=True), dict(augment=(*FLIPS, "rotate")), dict(balanced=True, augment=FLIPS, rank=1, world=2)])
+def test_a_run_that_goes_on_sees_the_same_labelled_images(options):
+    split = partly(7, 4)
+
+    def batches_from(start, seed=3):
+        return list(Batches(split, 8, train=True, seed=seed, start=start, **options))
+    whole = batches_from(0) + batches_from(7)
+    assert len(whole) == 14
+    for start in range(14):
+        rest = batches_from(start)
+        assert len(rest) == 7 - start % 7 and all(map(same, rest, whole[start:]))
+    for other in (whole[7:], batches_from(0, seed=4)):                          # another epoch, another seed
+        assert [b.few.index.tolist() for b in whole[:7]] != [b.few.index.tolist() for b in other]
+        assert "augment" not in options or not any(torch.equal(b.few.x, o.few.x) for b, o in zip(whole, other))
+        assert "rank" not in options or [b.few.variant.tolist() for b in whole[:7]] != [b.few.variant.tolist() for b in other]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_of_several_processes_join_to_the_labelled_images_of_one(world, balanced):
+    split = partly(20, 7)
+    alone = list(Batches(split, 8, train=True, balanced=balanced))
+    shares = [list(Batches(split, 8, train=True, balanced=balanced, rank=rank, world=world)) for rank in range(world)]
+    for whole, *parts in zip(alone, *shares, strict=True):
+        for rank, part in enumerate(parts):
+            for one, other in ((part, whole), (part.few, whole.few)):
+                assert all(np.array_equal(getattr(one, key), getattr(other, key)[rank::world]) for key in ("index", "x", "y"))
+        assert sum(len(part.few.y) for part in parts) == 7 and whole.place == parts[-1].place
+    split.few = split.few[0], 6                                                 # as many for each
+    turned = [[b.few.variant.tolist() for b in Batches(split, 8, train=True, augment=FLIPS, rank=rank, world=world)] for rank in range(world)]
+    assert turned[0] != turned[1]                                               # each augments on its own
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_balanced_speaks_of_the_labelled_images(multilabel):
+    split = partly(25, 6, multilabel=multilabel)
+    rows = split.few[0]
+    if not multilabel:
+        split.labels[rows] = np.repeat([0, 1, 2], [20, 4, 1])
+    else:
+        assert (~split.labels[rows].any(1)).any() and split.labels[rows].any(0).all()               # no finding is a kind of its own
+    drawn, plain = [], list(Batches(split, 8, train=True, seed=1))
+    for epoch in range(60):
+        found = list(Batches(split, 8, train=True, seed=1, balanced=True, start=7 * epoch))
+        assert np.sort(np.concatenate([b.index for b in found])).tolist() == list(range(50)) and all(len(b.few.y) == 6 for b in found)
+        assert epoch or all(np.array_equal(b.index, p.index) for b, p in zip(found, plain))         # the main stream is that without
+        drawn += [i for b in found for i in b.few.index]
+    kinds = splits.rarest(split.labels[rows])
+    share = [np.isin(drawn, rows[kinds == kind]).mean() for kind in np.unique(kinds)]
+    assert set(drawn) == set(rows) and np.allclose(share, 1 / len(share), atol=.04) and len(share) == 3 + multilabel
+    of_plain = [np.isin(np.concatenate([b.few.index for b in plain]), rows[kinds == kind]).mean() for kind in np.unique(kinds)]
+    assert np.allclose(of_plain, [np.mean(kinds == kind) for kind in np.unique(kinds)], atol=.08)   # unless asked, as they are
+
+
+@pytest.mark.parametrize("size, joining, asked, parts", [(10, 10, 3, 3), (10, 10, 1, 1), (10, 4, 5, 2), (4, 10, 5, 2), (10, 7, 3, 3), (10, 3, 2, 1),
+                                                        (10, 2, 4, 1), (10, 1, 4, 1), (2, 2, 9, 1), (10, 10, 99, 5)])
+def test_a_batch_is_split_into_as_many_parts_of_both(size, joining, asked, parts):
+    batch = list(Batches(partly(20, joining), size, train=True, augment=FLIPS))[1]
+    assert len(batch.y) == size
+    found = batch.split(asked)
+    assert len(found) == parts and all(part.few.few is None for part in found)
+    for whole, some in ((batch, found), (batch.few, [part.few for part in found])):
+        for key in ("x", "y", "index", "variant"):
+            assert np.array_equal(np.concatenate([getattr(p, key) for p in some]), getattr(whole, key))
+            assert all(len(getattr(p, key)) == len(p.y) >= min(2, len(whole.y)) for p in some)
+        assert all(p.place == batch.place == (0, 1, -(-50 // size)) for p in some)
+    alone = batch._replace(few=None, variant=None).split(asked)
+    assert len(alone) == max(1, min(asked, size // 2)) and all(part.few is None and part.variant is None and part.place == batch.place for part in alone)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("names", [(), ("hflip",), ("vflip",), FLIPS])
+def test_the_labelled_images_are_those_of_the_split_each_turned_as_its_variant_says(names, multilabel):
+    split, seen = partly(20, 8, multilabel=multilabel), []
+    for epoch in range(2):
+        found = list(Batches(split, 8, train=True, seed=2, augment=names, start=7 * epoch))
+        for batch in (part for b in found for part in (b, b.few)):
+            assert batch.x.dtype == torch.float32 and torch.equal(batch.y, torch.from_numpy(split.labels[batch.index]))
+            for x, row, variant in zip(batch.x, batch.index, batch.variant):
+                image = split.images[row][:, ::-1 if variant & 2 else 1, ::-1 if variant & 1 else 1]
+                assert np.allclose(x, image / 127.5 - 1, atol=1e-6)
+        assert all((b.few.y >= 0).all() for b in found) and any((b.y == -1).any() for b in found)   # the main stream has both, without telling
+        seen += [v for b in found for v in b.few.variant.tolist()]
+        assert not names or any(b.few.variant.tolist() != b.variant.tolist() for b in found if len(b.y) == 8)
+        assert not names or all(.3 < np.mean([v & bit > 0 for v in seen]) < .7 for bit, name in ((1, "hflip"), (2, "vflip")) if name in names)
+    assert set(seen) == {a + b for a in (0, 1) if a == 0 or "hflip" in names for b in (0, 2) if b == 0 or "vflip" in names}
+
+
+def test_the_labelled_images_are_turned_by_numbers_of_their_own():
+    split, names = partly(20, 8), (*FLIPS, "rotate")
+    for number, batch in enumerate(Batches(split, 8, train=True, seed=2, augment=names, start=7)):
+        flip, angle = batches.draw_changes(names, 8, np.random.default_rng([2, 7, 1, number, 0]))
+        assert torch.allclose(batch.few.x, batches.finish(torch.from_numpy(split.images[batch.few.index]), flip, angle), atol=1e-5)
+        assert (batch.few.variant == -1).all() and not torch.allclose(batch.few.x, torch.from_numpy(split.images[batch.few.index]) / 127.5 - 1, atol=.1)

@@ -208,6 +208,29 @@ def test_there_is_no_rule_without_train_columns_or_with_several_labels_an_image(
         assert shortcut(found) == {} and by_column(found) == []
 
 
+@pytest.mark.parametrize("few", [60, 12, 1])
+def test_the_rule_learns_from_shown_labels_alone(few):
+    """The hidden rows would teach it otherwise: they have another site, and most of them one class."""
+    rng = np.random.default_rng(0)
+    labels, test = rng.integers(0, 3, 300), rng.integers(0, 3, 90)
+    source = {"site": np.array(["arm", "leg", "back"], object)[labels], "age": rng.integers(20, 90, 300).astype(float)}
+    shown = np.sort(rng.permutation(300)[:few])
+    hidden = np.setdiff1d(np.arange(300), shown)
+    source["site"][hidden] = np.array(["leg", "back", "arm"], object)[labels[hidden]]
+    labels[hidden[50:]] = 2
+    whole = split_of(300, labels, **source)
+    part = split_of(90, test, site=np.array(["arm", "leg", "back"], object)[test], age=rng.integers(20, 90, 90).astype(float))
+    train = split_of(300, np.where(np.isin(np.arange(300), shown), labels, -1), **source)
+    found, seen, all_of_it = (DataSet(s, part, part, ["a", "b", "c"], False, 1) for s in (train, whole.take(shown), whole))
+    p = shortcut(found)["shortcut"]
+    assert p.shape == (90, 3) and np.allclose(p.sum(1), 1) and (p > 0).all() and (few < 60 or np.mean(p.argmax(1) == test) == 1)
+    assert np.mean(shortcut(all_of_it)["shortcut"].argmax(1) == test) < .5
+    if few > 1:                                                                 # one image has no column that tells it apart
+        assert np.array_equal(p, shortcut(seen)["shortcut"]) and by_column(found) == by_column(seen)
+    else:
+        assert len(np.unique(p, axis=0)) == 1 and (p.argmax(1) == labels[shown]).all() and by_column(found)[0][1] == np.mean(test == labels[shown])
+
+
 def test_taking_rows_takes_the_columns_along():
     whole = split_of(5, range(5), age=[0., 1, 2, 3, 4], site=np.array(list("abcde"), object))
     for rows in ([3, 1], np.array([3, 1])):
