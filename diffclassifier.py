@@ -108,6 +108,7 @@ class Config:
     patch: int = 4  # [1..] of the DiT: side of the square that is a token
     dim: int = 768  # [4..] of the DiT: entries of a token
     depth: int = 12  # [1..] of the DiT: blocks
+    scale_shift: bool = False  # time and class scale and shift what the U-Net's group norms give (AdaGN), instead of being added before them
     late_class: bool = False  # the class enters the U-Net's decoder alone, so that one encoding serves all classes
     wavelet: bool = True  # the network sees one level of Haar wavelets: half the sides, four times the channels; not of latents
     autoencoder: str = ""  # diffuse an autoencoder's latents: its file, latent-diffusion's keys or diffusers', or a Mediffusion run's autoencoder.pt
@@ -130,10 +131,10 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=8, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="4", head_channels=16, blocks=1,
-             dim=128, depth=6, wavelet=False, votes=25, val_votes=1, judged=250, time_scale=20.)
+SMALL = dict(size=64, epochs=16, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
+             dim=128, depth=6, votes=51, val_votes=11, judged=250, time_scale=20.)
 DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
-PLUS = dict(rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+PLUS = dict(scale_shift=True, rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
@@ -299,7 +300,7 @@ class Networks(nn.Module):
         if (low := config.size // multiple * multiple) != config.size:
             raise run.UserError(f"--size {config.size}: must be a multiple of {multiple}; take {f'{low} or ' * (low > 0)}{low + multiple}")
         if config.backbone == "unet":
-            self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class)
+            self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class, scale_shift=config.scale_shift)
         else:
             self.denoiser = DiT(C, C, side, config.patch, config.dim, config.depth, max(1, config.dim // config.head_channels), classes + 1)
         buffers = dict(weight=torch.zeros(BUCKETS), bias=torch.zeros(classes), temperature=torch.ones(4),     # of the learned rule; of each rule

@@ -46,19 +46,28 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W), embedding (B, c_emb) -> (B, c, H, W): skip(x) + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb)))))."""
+    """x (B, c_in, H, W), embedding (B, c_emb) -> (B, c, H, W): skip(x) + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb))))).
 
-    def __init__(self, c_in, c, c_emb, dropout=0.):
+    scale_shift: h = norm(conv(..)) (1 + scale) + shift instead, both made of the embedding (Dhariwal & Nichol 2021, AdaGN): behind the norm, whose
+    small groups take away much of what is added before it.
+    """
+
+    def __init__(self, c_in, c, c_emb, dropout=0., scale_shift=False):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c, 3, padding=1)
-        self.embedding = nn.Linear(c_emb, c)
+        self.embedding, self.scale_shift = nn.Linear(c_emb, 2 * c if scale_shift else c), scale_shift
         self.norm2, self.dropout, self.conv2 = norm(c), nn.Dropout(dropout), zero(nn.Conv2d(c, c, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.embedding(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        emb = self.embedding(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(x) + h
 
 
@@ -83,9 +92,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A residual block, followed by attention if head_channels is given."""
 
-    def __init__(self, c_in, c, c_emb, dropout=0., head_channels=None):
+    def __init__(self, c_in, c, c_emb, dropout=0., head_channels=None, scale_shift=False):
         super().__init__()
-        self.res = ResBlock(c_in, c, c_emb, dropout)
+        self.res = ResBlock(c_in, c, c_emb, dropout, scale_shift)
         self.attention = Attention(c, head_channels) if head_channels else nn.Identity()
 
     def forward(self, x, emb):
@@ -109,6 +118,7 @@ class UNet(nn.Module):
     num_values:   y is float (B, num_values) instead, and enters through a linear layer: what all pixels have in common, of which group norms
                   leave little where it stands in the image's channels.
     num_read:     entries of `read`, which a linear layer makes of the middle's pixels: what the encoder alone says of the image.
+    scale_shift:  time and class scale and shift what the norms give, instead of being added before them.
     late_class:   the class enters the up blocks alone: one `encode` of an image then serves the `decode` of every class.
     t is used as it comes (see `sinusoid`). The output has the dtype of torch's convolutions: bfloat16 under autocast.
     Raises ValueError for sides that cannot be halved that often, for y missing or not expected, for odd `channels`, and where
@@ -116,7 +126,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, channels, mult, num_res_blocks, attention, head_channels, num_classes=None, dropout=0.,
-                 late_class=False, num_values=None, num_read=None):
+                 late_class=False, num_values=None, num_read=None, scale_shift=False):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels {channels}: must be even, half for the cosines and half for the sines of t")
@@ -126,7 +136,7 @@ class UNet(nn.Module):
         self.late_class = late_class
 
         def block(c_in, level, attend):
-            return Block(c_in, channels * mult[level], c_emb, dropout, head_channels if attend else None)
+            return Block(c_in, channels * mult[level], c_emb, dropout, head_channels if attend else None, scale_shift)
 
         self.enter, self.down = nn.ModuleList(), nn.ModuleList()
         c, skips = channels, []                                         # c: channels of the running map

@@ -46,7 +46,7 @@ IDEAS = {                                                               # of a m
     "symmflow": {"map": dict(label_loss="map"), "velocity": dict(label_loss="velocity"), "rgb": dict(label_loss="map", codes="rgb"),
                  "simplex": dict(label_loss="map", codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
                  "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True)},
-    "diffclassifier": {"independent": dict(stratified=False), "late": dict(late_class=True), "band": dict(loss_weight="band"),
+    "diffclassifier": {"added": dict(scale_shift=False), "independent": dict(stratified=False), "late": dict(late_class=True), "band": dict(loss_weight="band"),
                        "min-snr": dict(loss_weight="min-snr"), "balanced": dict(balanced=True)},
 }
 BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}, "diffclassifier": {}}              # DiffMIC's were measured before prior dropout was found to help
@@ -106,10 +106,9 @@ def evidence(checkpoint, n=100):
     val, found = load_for(config).val, []
     p = next(iter(diffclassifier.evaluate(nets, val, config, device)[0].values()))
     with torch.no_grad():
-        for image, name, (x0, y0, x1, y1), order in zip(val.images, val.ids, val.boxes.round().astype(int), np.argsort(-p, 1)):
+        for image, name, box, order in zip(val.images, val.ids, val.boxes, np.argsort(-p, 1)):      # of wavelets the evidence has half the sides
             heat = diffclassifier.evidence(nets, config, diffclassifier.seen(nets, image, device), name, order[0], order[1]).clip(0)
-            inside = np.zeros(heat.shape, bool)
-            inside[y0:y1, x0:x1] = True
+            inside = metrics.box_mask(box * heat.shape[0] / image.shape[1], heat.shape)
             found.append([(part * inside).sum() / part.sum() for part in (heat, heat ** 2, np.ones(heat.shape))])
     return dict(zip(("in_box", "square_in_box", "area"), np.mean(found, 0).tolist()), images=len(found))
 
