@@ -112,7 +112,7 @@ class Config:
     blocks: int = 2  # [1..] residual blocks a level
     attention: str = "1,2,4"  # downsampling factors at which there is attention
     head_channels: int = 32  # [1..] of an attention head
-    timesteps: int = 1000  # [2..] T, noise levels
+    timesteps: int = 1000  # [25..] T, noise levels
     hidden: int = 1024  # [1..] units between the classifier's two layers
     dropout: float = 0.3  # [0..1] before each of them
     decay: Literal["none", "cosine"] = "none"  # of the learning rate
@@ -154,7 +154,7 @@ SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_thro
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
 TOY = dict(size=32, labels="0.1")
 BY_DATA = {"toy_xray": TOY, "toy": TOY | dict(augment="hflip,vflip"), "chestxray14": dict(fit="squash"), "folder": dict(augment="hflip"),
-           "isic2019": dict(epochs=72, cls_start=0)}
+           "isic2019": dict(epochs=72, pretrain_epochs=1080, cls_start=0, head_lr=5e-5, cls_weight=1e-3)}
 PANELS = [("Losses", "loss", ["diffusion", "classifier", "resnet"]), ("Autoencoder", "error a pixel", ["l1", "perceptual"]),
           ("Validation", "AUROC", ["val_auroc", "val_resnet_auroc"])]
 
@@ -181,7 +181,7 @@ def levels(start, n):
     """The noise levels of a reverse process from `start` (levels 0 .. start - 1), falling: each, for n = 0, or n of them, as DDIM's code has them:
     981, 961, .. 1 of 1000 in 50 steps."""
     n = min(n, start)
-    return list(range(start))[::-1] if n in (0, start) else [i * start // n + (n < start) for i in range(n)][::-1]
+    return list(range(start))[::-1] if n in (0, start) else [i * start // n + 1 for i in range(n)][::-1]
 
 
 def reverse_step(z_t, eps, noise, ab_t, ab_s, eta):
@@ -248,7 +248,7 @@ def train_step(nets, ema, config, batch, joint):
         z = nets.latents(batch.x, batch, noise=True)
     if config.variant == "joint":
         losses |= diffusion_loss(nets, config, z)
-    if step >= config.cls_start and step % config.cls_every == 0:
+    if config.variant == "no_diffusion" or step >= config.cls_start and step % config.cls_every == 0:
         losses["classifier"] = class_loss(nets.head(features(nets, config, nets.latents(few.x, few, noise=True))), few.y)
     if config.consistency:                                              # the average network, which sees it clean, teaches
         with torch.no_grad():
@@ -325,7 +325,7 @@ def counterfactual(nets, config, x, label, enforce, names):
     start, scale = (config.enforce_start, config.enforce_scale) if enforce else (config.remove_start, config.remove_scale)
     start = min(start, config.timesteps)
     eps = run.image_noise(config.seed, [f"{name} start" for name in names], z.shape[1:], z.device)
-    z_t, logits = q_sample(z, eps, nets.alpha_bar[start - 1]), nets.head(features(nets, config, z, names))
+    z_t, logits = q_sample(z, eps, nets.alpha_bar[levels(start, config.edit_steps)[0]]), nets.head(features(nets, config, z, names))
     aim = Aim(label, torch.full_like(label, enforce, dtype=torch.bool), scale, z, logits)
     ends = [reverse(nets, config, z_t, start, config.edit_steps, config.edit_eta, names, led) for led in (aim, None)]
     return [nets.decoded(end).clamp(-1, 1) for end in ends]
@@ -350,7 +350,7 @@ class Networks(nn.Module):
         else:
             self.autoencoder = AutoencoderKL(channels, config.ae_width, ae_mult, config.ae_blocks, config.ae_latent)
         self.discriminator = Discriminator(channels) if config.gan_weight and config.pretrain_epochs else None
-        self.perceptual = Perceptual(config.vgg, config.lpips)          # no module: a checkpoint holds none of it
+        self.perceptual = Perceptual()                                  # no module: a checkpoint holds none of it
         C, side = self.autoencoder.post_quant_conv.in_channels, config.size // self.autoencoder.multiple
         self.shape, self.multiple = (C, side, side), self.autoencoder.multiple * 2 ** (len(mult) - 1)
         self.unet = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels)
@@ -387,9 +387,10 @@ class Networks(nn.Module):
         else:
             keys = (batch.index * 4 + batch.variant).tolist()
             if new := [i for i, key in enumerate(keys) if key not in self.known]:
-                found = torch.stack(self.autoencoder.encode(self.as_seen(x[new])), 1).half().cpu()
+                rows = (new * 16)[:-(-len(new) // 16) * 16]             # sixteen at a time, the last filled up: so a resumed run rounds alike
+                found = torch.cat([torch.stack(self.autoencoder.encode(self.as_seen(x[rows[i:i + 16]])), 1) for i in range(0, len(rows), 16)]).half().cpu()
                 self.known |= {keys[i]: part for i, part in zip(new, found)}
-            mean, logvar = torch.stack([self.known[key] for key in keys]).to(x.device).float().unbind(1)
+            mean, logvar = torch.stack([self.known[key].float() for key in keys]).to(x.device).unbind(1)
         return (sample(mean, logvar, torch.randn_like(mean)) if noise else mean) * self.latent_scale
 
     def decoded(self, z):
@@ -426,10 +427,14 @@ def build(config, facts):
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
         raise run.UserError(f"--mult {config.mult} --attention {config.attention} --channels {config.channels} --head-channels {config.head_channels} --ae-mult "
                             f"{config.ae_mult} --ae-width {config.ae_width}: no network can be made of these ({fault})") from None
+    if "own_data" not in facts:                                         # of a trained model nobody asks for it any more
+        nets.perceptual = Perceptual(config.vgg, config.lpips)
     if facts["channels"] > nets.autoencoder.decoder.conv_out.out_channels:
         raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images need one of colour images")
     if (low := config.size // nets.multiple * nets.multiple) != config.size:
         raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
+    if config.size < (24 if nets.discriminator else 11):
+        raise run.UserError(f"--size {config.size}: too small to be judged by a discriminator or measured; take {24 if nets.discriminator else 16} or more")
     if config.guide != "own":
         nets.guide = [other_guide(config.guide, facts)]                 # in a list: no part of the network's weights
     return nets
@@ -442,7 +447,10 @@ def other_guide(path, facts):
     if not held or list(content.get("facts", {}).get("classes", [])) != list(facts["classes"]):
         raise run.UserError(f"--guide {path}: no run's checkpoint with a plain ResNet of the classes {', '.join(facts['classes'])}")
     net = ResNet(18, facts["channels"], len(facts["classes"]), held["conv1.weight"].shape[0], "small" if held["conv1.weight"].shape[-1] == 3 else "imagenet", False)
-    net.load_state_dict(held)
+    try:
+        net.load_state_dict(held)
+    except RuntimeError as fault:
+        raise run.UserError(f"--guide {path}: is of other images ({str(fault).splitlines()[1].strip()[:100]})") from None
     return net.eval().requires_grad_(False)
 
 
@@ -475,7 +483,7 @@ def learning_rate(config, group, epoch):
     first = group["name"] in ("autoencoder", "discriminator")
     begin, length = (0, config.pretrain_epochs) if first else (config.pretrain_epochs, config.epochs)
     done = min(1., max(0., epoch - begin) / max(length, 1))
-    return group["peak"] * min(1., done / max(config.warmup, 1e-9)) * ((1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1)
+    return group["peak"] * (min(1., done / config.warmup) if config.warmup else 1.) * ((1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1)
 
 
 # ============================================================================= 6 evaluation

@@ -717,13 +717,13 @@ class State:
         """Sums losses over an epoch, on the device: scalars for their mean, (2, 10) for sum and count by tenths of t."""
         for k, v in {**losses, "count": torch.ones_like(losses["loss"])}.items():
             v = v.detach().float()
-            self.sums[k] = self.sums.get(k, 0) + (v * weight if v.ndim == 0 else v)
+            self.sums[k] = self.sums.get(k, 0) + (torch.stack([v * weight, torch.full_like(v, weight)]) if v.ndim == 0 else v)
 
     def means(self):
         """The epoch's means. The sums stay until `close_epoch`: a run stopped during validation needs them again."""
         sums = {k: v.cpu() for k, v in self.sums.items()}
-        count = sums.pop("count")
-        return {k: (v / count).item() if v.ndim == 0 else (v[0] / v[1]).tolist() for k, v in sums.items()}
+        sums.pop("count")
+        return {k: (v[0] / v[1]).item() if v.ndim == 1 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
     def keep_best(self, row, select, path):
         """Saves best.pt where the validation metric rose; keeps the plain ResNet's best weights by its own."""

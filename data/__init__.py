@@ -76,7 +76,7 @@ def load_for(config, facts=None):
     known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
     data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
                 skip_bad=config.skip_bad, **known)
-    if hasattr(config, "labels") and data.train is not None:
+    if hasattr(config, "labels") and data.train is not None and not (facts and config.limit):          # a list names images that a limit leaves out
         known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
         data.train = dataclasses.replace(data.train, few=(np.flatnonzero(known), config.labelled_batch), labels=data.train.labels.copy())
         data.train.labels[~known] = -1
