@@ -502,7 +502,8 @@ def measure(nets, data, config, device, figures):
     middle = (np.arange(BUCKETS) + .5) / BUCKETS * 20 - 10
     plots.line_chart(figures / "errors.png", {name: (middle, differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
                      "How much less the true class errs, by noise", "log-SNR", "error of the true class - mean of all")
-    return {"validation_by_votes": table, "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
+    return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
+            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
             "bias": nets.bias.tolist(), "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
 
 

@@ -29,6 +29,7 @@ Read differently from the paper, and why
  6. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  7. Validation, not the test split, selects. Which images have labels goes by patient. What is reported of a counterfactual is what guidance
     changed beside the same noise without it: the way through the autoencoder and the noise changes a picture, too.
+ 8. Images are mirrored, not cropped at random as in the authors' code, so that their latents can be computed once.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -153,7 +154,7 @@ PLUS = dict(calibrate=True, guide_on="x0hat", guide_through="encoder", guide_cle
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
 TOY = dict(size=32, labels="0.1")
-BY_DATA = {"toy_xray": TOY, "toy": TOY | dict(augment="hflip,vflip"), "chestxray14": dict(fit="squash"), "folder": dict(augment="hflip"),
+BY_DATA = {"toy_xray": TOY, "toy": TOY | dict(augment="hflip,vflip"), "chestxray14": dict(fit="squash"),
            "isic2019": dict(epochs=72, pretrain_epochs=1080, cls_start=0, head_lr=5e-5, cls_weight=1e-3)}
 PANELS = [("Losses", "loss", ["diffusion", "classifier", "resnet"]), ("Autoencoder", "error a pixel", ["l1", "perceptual"]),
           ("Validation", "AUROC", ["val_auroc", "val_resnet_auroc"])]
