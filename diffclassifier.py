@@ -73,7 +73,7 @@ class Config:
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
     augment: str = ""  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
-    balanced: bool = False  # draw every class equally often
+    balanced: bool = False  # draw every class equally often in training; probabilities of the plain ResNet then take the classes' shares into account
     # --- model ---
     scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
@@ -114,7 +114,7 @@ class Config:
     autoencoder: str = ""  # diffuse an autoencoder's latents: its file, latent-diffusion's keys or diffusers', or a Mediffusion run's autoencoder.pt
     latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured
     prediction: Literal["v", "eps"] = "v"  # what the network predicts
-    loss_weight: Literal["none", "min-snr", "authors", "band"] = "none"  # of the error by log-SNR; band: where classes differ, around log-SNR 0
+    loss_weight: Literal["none", "min-snr", "authors", "band"] = "none"  # of the error by log-SNR; band: where classes differ, around log-SNR -1
     class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
     time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
@@ -131,10 +131,10 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=16, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
+SMALL = dict(size=64, epochs=16, batch_size=16, lr=3e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
              patch=2, dim=64, depth=6, votes=51, val_votes=11, judged=250, time_scale=20.)
 DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
-PLUS = dict(scale_shift=True, rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+PLUS = dict(scale_shift=True, loss_weight="band", balanced=True, rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
@@ -169,7 +169,7 @@ def loss_weight(config, l):
     snr, a2 = l.exp(), torch.sigmoid(l)
     of_v = a2 if config.prediction == "eps" else torch.ones_like(l)     # so that min-snr and authors mean the same for both
     return {"none": torch.ones_like(l), "min-snr": snr.clamp_max(5) / (1 + snr) / of_v, "authors": a2 / (1 + snr.clamp_max(5)) / of_v,
-            "band": .2 + torch.exp(-(l / 3) ** 2)}[config.loss_weight]
+            "band": .05 + torch.exp(-((l + 1) / 4) ** 2)}[config.loss_weight]
 
 
 def loss(nets, config, x, y):
@@ -211,9 +211,8 @@ def errors(nets, config, x, t, eps, row, c):
 # ----------------------------------------------------------------------------- rules: from errors (M, N, K), nan where a class was not asked
 def count_votes(error):
     """Votes (M, K): at how many levels each class erred least."""
-    asked = ~np.isnan(error)
-    least = np.where(asked, error, np.inf).argmin(2)
-    return (np.eye(error.shape[2])[least] * asked.any(2)[..., None]).sum(1)
+    least = np.where(np.isnan(error), np.inf, error).argmin(2)
+    return (np.eye(error.shape[2])[least] * ~np.isnan(error).all(2)[..., None]).sum(1)
 
 
 def rules(nets, config, error, alive, t):
@@ -303,7 +302,8 @@ class Networks(nn.Module):
             self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class, scale_shift=config.scale_shift)
         else:
             self.denoiser = DiT(C, C, side, config.patch, config.dim, config.depth, max(1, config.dim // config.head_channels), classes + 1)
-        buffers = dict(weight=torch.zeros(BUCKETS), bias=torch.zeros(classes), temperature=torch.ones(4),     # of the learned rule; of each rule
+        buffers = dict(weight=torch.zeros(BUCKETS), bias=torch.zeros(classes),          # of the learned rule
+                       temperature=torch.ones(4), prior=torch.ones(classes),            # of each rule; of a class: its share over that in balanced training
                        latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
         for name, value in buffers.items():
             self.register_buffer(name, value)
@@ -364,6 +364,7 @@ def initialise(nets, data, config):
     missing = [name for k, name in enumerate(data.classes) if k not in data.val.labels]
     if config.rule == "learned" and missing:
         raise run.UserError(f"--rule learned: is fitted on validation, which has no image of class {', '.join(missing)}; take --rule majority")
+    nets.prior.copy_(torch.from_numpy((np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes) ** config.balanced))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
     if nets.codec and not config.latent_scale:
@@ -457,7 +458,7 @@ def evaluate(nets, split, config, device, joint=None):
     if nets.resnet is not None:
         for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
             with run.autocast(config, device):
-                rows.append(nets.resnet(batch.x).float().softmax(1).cpu().numpy().astype(np.float64))
+                rows.append((nets.resnet(batch.x).float() + nets.prior.log()).softmax(1).cpu().numpy().astype(np.float64))
         predictions |= run.gather({"resnet": np.concatenate(rows)})
     return predictions, uncertainties(error, predictions[METHOD])
 
@@ -499,12 +500,11 @@ def measure(nets, data, config, device, figures):
         stops[stop] = {"share_of_calls": float((~np.isnan(kept)).mean()), "same_label": float(same.mean())}
     plots.line_chart(figures / "rules.png", {rule: ([row["votes"] for row in table], [row[rule] for row in table]) for rule in found},
                      "Accuracy on validation, to which learned is fitted", "noise levels an image", "accuracy")
-    middle = (np.arange(BUCKETS) + .5) / BUCKETS * 20 - 10
-    plots.line_chart(figures / "errors.png", {name: (middle, differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
+    plots.line_chart(figures / "errors.png", {name: (np.arange(-9, 10, 2), differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
                      "How much less the true class errs, by noise", "log-SNR", "error of the true class - mean of all")
     return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
-            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
-            "bias": nets.bias.tolist(), "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
+            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(), "bias": nets.bias.tolist(),
+            "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
 
 
 # ============================================================================= 7 setup
