@@ -424,7 +424,7 @@ def test_of_many_columns_the_five_best_are_named_and_a_misleading_one_is_below_z
     assert by_column(found)[1][1] == 0 and by_column(found)[1][2] < 0
 
 
-SMALL = "--scale small --size 28 --epochs 1 --batch-size 8 --width 8 --device cpu"
+SMALL = "--scale small --size 32 --epochs 1 --batch-size 8 --width 8 --device cpu"
 METHODS = {"diffmic": "--pretrain-epochs 1 --rois 2 --hidden 8 --steps 2 --samples 1 --timesteps 40",
            "symmflow": "--channels 8 --mult 1,1,1 --attention 8 --head-channels 8 --samples 2 --generated 0 --draw-steps 3",
            "diffclassifier": "--val-votes 1 --channels 8 --mult 1,1,1 --attention 4 --head-channels 8 --votes 5 --draw-steps 2"}
