@@ -146,8 +146,8 @@ class Config:
     uncertainty: Literal["entropy", "margin"] = "entropy"  # what predictions are ranked by
 
 
-SMALL = dict(size=64, epochs=8, pretrain_epochs=6, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
-             ae_width=32, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
+SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
+             ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
 PLUS = dict(calibrate=True, guide_on="x0hat", guide_through="encoder", guide_clean=True, guide_unit=True, guidance=2., remove_scale=2., enforce_scale=2.,
             edit_steps=25, edit_eta=0.)
