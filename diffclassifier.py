@@ -131,10 +131,10 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=16, batch_size=16, lr=3e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
+SMALL = dict(size=64, epochs=16, batch_size=16, lr=4e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
              patch=2, dim=64, depth=6, votes=51, val_votes=11, judged=250, time_scale=20.)
 DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
-PLUS = dict(scale_shift=True, loss_weight="band", balanced=True, rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+PLUS = dict(scale_shift=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}

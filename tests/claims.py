@@ -47,7 +47,7 @@ IDEAS = {                                                               # of a m
                  "simplex": dict(label_loss="map", codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
                  "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True)},
     "diffclassifier": {"added": dict(scale_shift=False), "independent": dict(stratified=False), "late": dict(late_class=True), "unweighted": dict(loss_weight="none"),
-                       "min-snr": dict(loss_weight="min-snr"), "unbalanced": dict(balanced=False)},
+                       "min-snr": dict(loss_weight="min-snr"), "balanced": dict(balanced=True)},
 }
 BASE = {"diffmic": dict(prior_dropout=0.), "symmflow": {}, "diffclassifier": {}}              # DiffMIC's were measured before prior dropout was found to help
 CELLS |= {f"{method}-toy-base": (method, dict(data="toy") | base, (0, 1, 2)) for method, base in BASE.items() if base}
