@@ -211,7 +211,7 @@ class Codec:
             return self.net.to(x.device).encode(x.expand(-1, self.channels, -1, -1))[0].float()
         if new := [i for i, key in enumerate(keys) if key not in self.known]:
             self.known |= {keys[i]: z for i, z in zip(new, self.encode(x[new]).half().cpu())}
-        return torch.stack([self.known[key] for key in keys]).to(x.device).float()
+        return torch.stack([self.known[key].float() for key in keys]).to(x.device)       # bf16 autocast of a CPU cannot stack halves
 
     @torch.no_grad()
     def decode(self, z, channels=0):

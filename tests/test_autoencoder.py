@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import run
-from common.autoencoder import (Attention, AutoencoderKL, Discriminator, Perceptual, adaptive_weight, discriminator_loss, downsample, gan_losses,
+from common.autoencoder import (Attention, AutoencoderKL, Codec, Discriminator, Perceptual, adaptive_weight, discriminator_loss, downsample, gan_losses,
                                 gan_weight, kl, load_autoencoder, norm, pyramid, reconstruction_loss, sample, upsample)
 
 
@@ -786,3 +786,12 @@ def test_a_short_training_lowers_the_error_on_images_that_were_not_trained_on():
         (nll + kl_term).backward()
         optimizer.step()
     assert error() < .35 * before
+
+
+def test_cached_latents_can_be_had_under_autocast(tmp_path):
+    """On a CPU, bfloat16 autocast refuses to stack half precision."""
+    torch.save(AutoencoderKL(1, 8, (1, 2), 1, 4).state_dict(), tmp_path / "ae.pt")
+    codec, x = Codec(tmp_path / "ae.pt"), torch.rand(2, 1, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        first, again = (codec.encode(x, [0, 1]) for _ in range(2))
+    assert first.dtype == torch.float32 and torch.equal(first, again)
