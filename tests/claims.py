@@ -38,6 +38,8 @@ CELLS |= {
 CELLS |= {
     "diffclassifier-toy": ("diffclassifier", dict(data="toy"), (0, 1, 2)),
     "diffclassifier-toy-paper": ("diffclassifier", dict(data="toy", recipe="paper"), (0,)),
+    "mediffusion-toy": ("mediffusion", dict(data="toy_xray"), (0, 1, 2)),
+    "mediffusion-toy-no-diffusion": ("mediffusion", dict(data="toy_xray", variant="no_diffusion"), (0, 1, 2)),
 }
 IDEAS = {                                                               # of a method: one field of recipe plus changed at a time
     "diffmic": {"eps": dict(target="eps"), "uniform": dict(roi_weight="uniform"), "deep": dict(deep_supervision=False),
