@@ -115,13 +115,14 @@ class Config:
     latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured
     prediction: Literal["v", "eps"] = "v"  # what the network predicts
     loss_weight: Literal["none", "min-snr", "authors", "band"] = "none"  # of the error by log-SNR; band: where classes differ, around log-SNR -1
+    levels: int = 1  # [1..] noise levels at which a training image is seen at once
     class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
     time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
     votes: int = 501  # [1..] N, noise levels that an image is judged at; odd, where there are two classes
     val_votes: int = 3  # [1..] of them for the validation of an epoch
     judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all
-    stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones
+    stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones; in training of a batch's
     rule: Literal["majority", "mean", "elbo", "learned"] = "majority"  # votes; least mean error; weighted as the likelihood bound, or as fitted on validation
     stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, or stages 10:3,50:1
     calibrate: bool = False  # fit the temperatures of the rules' probabilities on validation
@@ -174,7 +175,10 @@ def loss_weight(config, l):
 
 def loss(nets, config, x, y):
     """The denoising loss of what the network sees, x (B, C, H, W), with labels y (B,) -> dict of scalars, and the error by tenths of t."""
+    x, y = (part.repeat_interleave(config.levels, 0) for part in (x, y))
     t, eps = torch.rand(len(x), device=x.device), torch.randn_like(x)
+    if config.stratified:
+        t = (torch.randperm(len(x), device=x.device) + t) / len(x)
     l = logsnr(config, t, x.shape[-1])
     z, a, s = diffuse(x, eps, l)
     c = torch.where(torch.rand(len(x), device=x.device) < config.class_dropout, nets.classes, y)            # nets.classes: the null token

@@ -9,12 +9,15 @@ import argparse
 import copy
 import functools
 import json
+import math
 import platform
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import Callable, NamedTuple
 from unittest import mock
 
 from common import run  # before torch
@@ -25,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffclassifier
 import diffmic
+import mediffusion
 import symmflow
 from common.autoencoder import AutoencoderKL, Codec
 from common.unet import UNet
@@ -42,6 +46,7 @@ class Setting:
 
     def __init__(self, device, quick):
         self.device, self.quick = torch.device(device), quick
+        self.most = 256 if self.device.type == "cuda" else 8 if quick else 64      # images at once in prediction
 
     @functools.cached_property
     def diffmic(self):
@@ -296,54 +301,120 @@ ROWS = {                                                                # name: 
 
 
 # ============================================================================= the full size, on its own
-FULL_SIZE = {"full size": diffmic, "full size, latents": symmflow}
+class Full(NamedTuple):
+    """What `full_size` measures of a method at its paper's size."""
+    method: ModuleType
+    config: object
+    nets: torch.nn.Module
+    batches: list                       # taken in turn: not every step need do the same
+    predict: Callable                   # work() under no_grad
+    images: float                       # how many images that classifies
+    joint: bool = True                  # False: the stage before
 
 
-def full_size(s, method, seconds=30.):
-    """Throughput at the paper's size: whole training steps and predictions, images a second, share of the device's measured peak, memory.
-    How long a training waits for its data stands in its log.jsonl: data_seconds of seconds."""
-    config, nets, x, y = s.diffmic if method is diffmic else s.latents
-    n, cuda = len(x), s.device.type == "cuda"
-    batch, ema = Batch(x, y, np.arange(n), np.zeros(n, int)), copy.deepcopy(nets)
+def batch_of(x, y, few=None, step=0):
+    return Batch(x, y, np.arange(len(x)), np.zeros(len(x), int), (0, step, 10 ** 6), few)
+
+
+def full_diffmic(s):
+    config, nets, x, y = s.diffmic
+    many = x.repeat(s.most // len(x), 1, 1, 1)
+    noise = torch.randn(len(many), 1, config.steps, 7, device=s.device)
+    return Full(diffmic, config, nets, [batch_of(x, y)], lambda: diffmic.classify(nets, config, many, noise), len(many))
+
+
+def full_symmflow(s):
+    config, nets, x, y = s.latents
+    many = x.repeat(s.most // len(x), 1, 1, 1)
+    noise = torch.randn(len(many), 1, *nets.shapes(config.size)[1], device=s.device)
+    return Full(symmflow, config, nets, [batch_of(x, y)], lambda: symmflow.classify(nets, config, many, noise), len(many))
+
+
+def full_votes(s, backbone):
+    """The diffusion classifier: 256 px as 12 x 128 x 128 wavelets, two classes. Prediction: N = 501 levels as each class."""
+    config = diffclassifier.configure(data="isic2020", baseline=False, device=str(s.device), backbone=backbone,
+                                      **dict(size=32, channels=8, dim=64, depth=1) if s.quick else {})
+    config, nets, x, y = s.made(diffclassifier, config, dict(channels=3, classes=["benign", "melanoma"], multilabel=False), 4 if s.quick else 128, config.size)
+    z, t = nets.encode(x), torch.rand(len(x), device=s.device)
+    pairs = [torch.arange(len(x), device=s.device).repeat(2), torch.arange(2, device=s.device).repeat_interleave(len(x))]
+    return Full(diffclassifier, config, nets, [batch_of(x, y % 2)], lambda: diffclassifier.errors(nets, config, z, t, torch.randn_like(z), *pairs).sum((1, 2, 3)),
+                len(x) / config.votes)
+
+
+def full_mediffusion(s, joint):
+    """Mediffusion: 64 images and 32 with labels, every fourth step classifies; or its autoencoder with the GAN."""
+    config = mediffusion.configure(data="chestxray14", baseline=False, device=str(s.device), **dict(size=64, channels=8, head_channels=8, ae_width=8) if s.quick else {})
+    config, nets, x, _ = s.made(mediffusion, config, dict(channels=1, classes=list("ABCDEFGHIJKLMN"), multilabel=True), 4 if s.quick else 64, config.size)
+    x, y = x[:, :1].contiguous(), torch.zeros(len(x), 14, device=s.device)
+    few = batch_of(x[::2], y[::2])
+    batches = [batch_of(x, y, few, step).split(1)[0]._replace(place=(joint * config.pretrain_epochs, step, 10 ** 6)) for step in range(60000, 60004 if joint else 60001)]
+    answer = next(iter(mediffusion.models(nets, config).values()))
+    return Full(mediffusion, config, nets, batches, lambda: answer(x, [str(i) for i in range(len(x))]), len(x), joint)
+
+
+FULL_SIZE = {"full size": full_diffmic, "full size, latents": full_symmflow, "full size, unet": lambda s: full_votes(s, "unet"), "full size, dit": lambda s: full_votes(s, "dit"),
+             "full size, joint": lambda s: full_mediffusion(s, True), "full size, autoencoder": lambda s: full_mediffusion(s, False)}
+
+
+def full_size(s, make, seconds=None):
+    """Throughput at the paper's size: whole training steps and predictions, images a second, share of the device's measured peak, memory; and in how many
+    parts (--grad-accum) a step fits a card of 24 GB. How long a training waits for its data stands in its log.jsonl: data_seconds of seconds."""
+    cuda = s.device.type == "cuda"
+    seconds = seconds or (4. if cuda else 30.)
+    method, config, nets, batches, predict, images, joint = make(s)
+    ema = copy.deepcopy(nets)
     optimizer = torch.optim.AdamW(method.parameter_groups(nets, config), fused=True)
 
-    def loss():
-        return method.train_step(nets, ema, config, batch, True)["loss"]
-    nets.train()
-    loss()                                                              # latents are computed once a training
-    with FlopCounterMode(display=False) as count, run.autocast(config, s.device):
-        loss().backward()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    def losses(batch, parts):
+        for part in batch.split(parts):
+            with run.autocast(config, s.device):
+                loss = method.train_step(nets, ema, config, part, joint)["loss"]
+            (loss * len(part.y) / len(batch.y)).backward()
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], group["clip"] or torch.inf)
-        optimizer.step()
-        run.update_ema(ema, nets, config.ema, 10 ** 6)
+    def step(parts):
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            losses(batch, parts)
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], group["clip"] or torch.inf)
+            optimizer.step()
+            run.update_ema(ema, nets, config.ema, 10 ** 6)
+
+    def memory(work):
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
 
     def many(work, repeat=20):
         first = s.seconds(work)
         k = max(1, min(repeat, int(seconds / max(first, 1e-3))))
         return s.seconds(lambda: [work() for _ in range(k)]) / k
-    train, most = many(step), peak(s)
-    found = {"train images/s": n / train, "train TFLOP/s": count.get_total_flops() / train / 1e12, "peak TFLOP/s": most / 1e12,
-             "share of peak": count.get_total_flops() / train / most}
+    nets.train()
+    parts, found = 1, {}
+    while True:                                                         # all at once, where the device's memory allows it
+        try:
+            found["train memory GB"] = memory(lambda: step(parts))      # latents are computed once a training: here
+            break
+        except torch.OutOfMemoryError:
+            parts *= 2
+    with FlopCounterMode(display=False) as count:
+        for batch in batches:
+            losses(batch, parts)
+    train, most = many(lambda: step(parts)) / len(batches), peak(s)
+    flops = count.get_total_flops() / len(batches) / train
+    found |= {"batch": len(batches[0].y), "grad accum": parts, "train images/s": len(batches[0].y) / train, "train TFLOP/s": flops / 1e12, "peak TFLOP/s": most / 1e12,
+              "share of peak": flops / most}
+    while cuda and (used := memory(lambda: step(parts))) > 22 and parts < len(batches[0].y) // 2:
+        parts *= 2
     if cuda:
-        found["train memory GB"] = torch.cuda.max_memory_allocated() / 1e9
+        found |= {"24 GB: grad accum": parts, "24 GB: train memory GB": used}
     nets.eval()
-    B = 256 if cuda else n
-    x = x.repeat(B // n, 1, 1, 1)
-    noise = torch.randn(B, 1, config.steps, 7, device=s.device) if method is diffmic else torch.randn(B, 1, *nets.shapes(config.size)[1], device=s.device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
-        found["prediction ms an image"] = 1e3 * many(lambda: method.classify(nets, config, x, noise)) / B
-    if cuda:
-        found["prediction memory GB"] = torch.cuda.max_memory_allocated() / 1e9
-    return found
+        found["prediction memory GB"] = memory(predict)
+        found["prediction ms an image"] = 1e3 * many(predict) / images
+    return {k: v for k, v in found.items() if v == v}
 
 
 def peak(s):
@@ -391,14 +462,14 @@ def main(argv=None):
         record = json.loads(path.read_text()) | record | {"rows": json.loads(path.read_text())["rows"]}
     for name in args.only or ROWS:
         if name in FULL_SIZE:
-            record[name] = full_size(s, FULL_SIZE[name])
+            record[name] = full_size(s, FULL_SIZE[name]) | {"commit": run.commit()}
             print(name, json.dumps(record[name], indent=1), flush=True)
-            continue
-        ours, theirs, *more = ROWS[name][0](s)
-        record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()} | (more[0] if more else {})
-        print(f"{name:18} ours {ours:9.4f} {ROWS[name][3]}   theirs {theirs:9.4f} {ROWS[name][3]}   ratio {theirs / ours:6.2f}", flush=True)
-    if args.write:
-        path.write_text(json.dumps(record, indent=1))
+        else:
+            ours, theirs, *more = ROWS[name][0](s)
+            record["rows"][name] = {"ours": ours, "theirs": theirs, "commit": run.commit()} | (more[0] if more else {})
+            print(f"{name:18} ours {ours:9.4f} {ROWS[name][3]}   theirs {theirs:9.4f} {ROWS[name][3]}   ratio {theirs / ours:6.2f}", flush=True)
+        if args.write:
+            path.write_text(json.dumps(record, indent=1))
     return record
 
 
