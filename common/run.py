@@ -343,7 +343,7 @@ def start(config):
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
-        device = torch.device(name)
+        device = torch.device("cuda:0" if name == "cuda" else name)    # set_device below wants the number
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("no such kind of device here")
         torch.zeros(1, device=device)
