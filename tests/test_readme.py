@@ -33,7 +33,8 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README and claims.few_table() in README
     assert claims.steps_table("symmflow-toy") in README and claims.coverage_table("symmflow-toy") in README
     assert claims.drawn_table("symmflow-toy") in README and claims.ideas_table("symmflow") in README and claims.steps_table("symmflow-toy-raw") in README
-    assert bench.table(json.loads((claims.RESULTS / "bench-cpu.json").read_text())) in README
+    cpu, cuda = (json.loads((claims.RESULTS / f"bench-{device}.json").read_text()) for device in ("cpu", "cuda"))
+    assert bench.table(cpu) in README and bench.table(cuda) in README and bench.full_table(cuda) in README
 
 
 @pytest.mark.parametrize("method", [diffmic], ids=lambda m: m.METHOD)
