@@ -848,3 +848,13 @@ def test_the_shares_of_the_processes_are_the_batches_of_one(world):
         assert sorted(sum((sum(s, []) for s in shares), [])) == list(range(23))
         if train:
             assert [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)] == [sorted(b) for b in alone]
+
+
+@pytest.mark.parametrize("asked, number", [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_chosen_by_its_number_which_set_device_asks_for(asked, number, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *given, **more: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    for module, name in ((torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"), (torch.backends.cudnn, "benchmark")):
+        monkeypatch.setattr(module, name, getattr(module, name))        # put back afterwards
+    assert run.start(diffmic.configure(data="toy", device=asked)) == torch.device("cuda", number) and chosen == [number]
