@@ -454,8 +454,9 @@ def full_table(record):
              "|---|---|---|---|---|---|---|---|"]
     for name, (_, what, images) in FULL_SIZE.items():
         if row := record.get(name):
+            each = row["prediction ms an image"]
             lines.append(f"| {what} | {row['batch']} | {row['train images/s']:.0f} | {100 * row['share of peak']:.0f} % | {row['train memory GB']:.0f} | "
-                         f"{row['24 GB: grad accum']} | {float(f"{row['prediction ms an image']:.3g}"):,g} | {images / row['train images/s'] / 3600:.0f} |")
+                         f"{row['24 GB: grad accum']} | {each:,.{0 if each > 10 else 2}f} | {images / row['train images/s'] / 3600:.0f} |")
     return "\n".join(lines)
 
 
