@@ -285,6 +285,19 @@ def multiply_adds(s=None):
     return tuple(counts)
 
 
+def late_class(s=None):
+    """Multiply-adds of one noise level as two classes at the paper's size, counted without memory, in 10^9: encoded once, and for each class."""
+    counts = []
+    for late in (True, False):
+        config = diffclassifier.configure(data="isic2020", baseline=False, late_class=late)
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            nets = diffclassifier.build(config, dict(channels=3, classes=["benign", "melanoma"], multilabel=False)).eval()
+            x = torch.empty(1, *nets.shape)
+            diffclassifier.errors(nets, config, x, torch.empty(1), x, torch.zeros(2, dtype=torch.long), torch.arange(2))
+        counts.append(counter.get_total_flops() / 2e9)
+    return tuple(counts)
+
+
 ROWS = {                                                                # name: (work, what it is, aim for theirs / ours, unit)
     "prediction": (prediction, "DiffMIC: prediction of 32 images, 224 px, 250 steps, one draw", 10, "s"),
     "training step": (training_step, "DiffMIC: forward and backward passes of training, 32 images of 224 px", 1 / .7, "s"),
@@ -293,6 +306,7 @@ ROWS = {                                                                # name: 
     "unet, training": (lambda s: unet_pass(s, True), "MedSymmFlow: the same, forward and backward", 1, "s"),
     "multiply-adds": (multiply_adds, "MedSymmFlow: multiply-adds of one latent classification, 256 px", 5, "G"),
     "votes": (votes_of_images, "diffusion classifier: errors of 32 toy images, 11 noise levels, 5 classes", 2, "s"),
+    "late class": (late_class, "diffusion classifier: multiply-adds of a noise level as two classes, `--late-class`, 256 px", None, "G"),
     "stop 1e-3": (lambda s: stops(s, "1e-3"), "diffusion classifier: network calls an image, `--stop 1e-3`", 4, "calls"),
     "stop exact": (lambda s: stops(s, "exact"), "diffusion classifier: network calls an image, `--stop exact`", None, "calls"),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),

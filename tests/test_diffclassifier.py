@@ -143,6 +143,19 @@ def test_fifteen_percent_of_training_has_no_class_and_classification_always_has(
     assert set(torch.cat(seen[1:]).tolist()) == {0, 1, 2}
 
 
+def test_a_training_image_is_seen_at_several_levels_at_once_and_stratified_ones_fill_every_part_of_the_batch():
+    seen, config = [], tiny(levels=4, stratified=True, class_dropout=0., noise_d=16)
+    nets = SimpleNamespace(classes=3, denoise=lambda z, l, c: seen.append((z, l, c)) or torch.zeros_like(z))
+    found = diffclassifier.loss(nets, config, torch.arange(3.).view(3, 1, 1, 1).expand(3, 1, 16, 16), torch.tensor([2, 0, 1]))
+    (z, l, c), = seen
+    assert c.tolist() == [2] * 4 + [0] * 4 + [1] * 4 and found["error_by_t"][1].sum() == 12
+    of_image = (z.mean((1, 2, 3)) / alpha_sigma(l)[0])[l > 0].round()   # where little is noise: each image four times
+    assert set(of_image.tolist()) <= {0., 1., 2.}
+    edges = diffclassifier.logsnr(config, torch.linspace(0, 1, 13, dtype=torch.float64), 16)
+    part = (l[:, None].double() < edges[1:-1]).sum(1)                    # l falls with t
+    assert sorted(part.tolist()) == list(range(12)) != part.tolist()
+
+
 # ---------------------------------------------------------------------------------------------- 2, 3 the rules
 def test_votes_do_not_depend_on_the_space_or_weight_of_the_error_and_the_mean_does():
     error, t = some_errors()
