@@ -115,7 +115,7 @@ class Config:
     latent_scale: float = 0.  # [0..] latents are multiplied by it; 0: to unit spread, measured
     prediction: Literal["v", "eps"] = "v"  # what the network predicts
     loss_weight: Literal["none", "min-snr", "authors", "band"] = "none"  # of the error by log-SNR; band: where classes differ, around log-SNR -1
-    levels: int = 1  # [1..] noise levels at which a training image is seen at once
+    levels: int = 1  # [1..] noise levels at which a training image is seen at once; each costs as much as another image
     class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
     time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
@@ -132,10 +132,9 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=16, batch_size=16, lr=4e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="2", head_channels=16, blocks=1,
-             patch=2, dim=64, depth=6, votes=51, val_votes=11, judged=250, time_scale=20.)
-DIT = dict(epochs=512, warmup=.0038)    # at scale paper: 250 steps of CheXpert's 65,536
-PLUS = dict(scale_shift=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+SMALL = dict(size=64, epochs=14, batch_size=16, lr=3e-3, warmup=.1, ema=.99, width=8, channels=16, mult="1,2,4,4", attention="", head_channels=16, blocks=1,
+             patch=2, dim=64, depth=6, votes=51, val_votes=5, judged=250, time_scale=20.)
+PLUS = dict(levels=4, scale_shift=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
@@ -143,9 +142,9 @@ PANELS = [("Losses", "loss", ["diffusion", "resnet"]), ("Validation", "accuracy"
 
 
 def configure(**given):
-    """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
+    """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`. A DiT at scale paper: the authors' schedule."""
     config = run.configure(Config, given, SMALL, PLUS, BY_DATA)
-    return run.configure(Config, DIT | given, SMALL, PLUS, BY_DATA) if (config.backbone, config.scale) == ("dit", "paper") else config
+    return run.configure(Config, dict(epochs=512, warmup=.0038) | given, SMALL, PLUS, BY_DATA) if (config.backbone, config.scale) == ("dit", "paper") else config
 
 
 # ============================================================================= 4 the method
@@ -177,8 +176,7 @@ def loss(nets, config, x, y):
     """The denoising loss of what the network sees, x (B, C, H, W), with labels y (B,) -> dict of scalars, and the error by tenths of t."""
     x, y = (part.repeat_interleave(config.levels, 0) for part in (x, y))
     t, eps = torch.rand(len(x), device=x.device), torch.randn_like(x)
-    if config.stratified:
-        t = (torch.randperm(len(x), device=x.device) + t) / len(x)
+    t = (torch.randperm(len(x), device=x.device) + t) / len(x) if config.stratified else t
     l = logsnr(config, t, x.shape[-1])
     z, a, s = diffuse(x, eps, l)
     c = torch.where(torch.rand(len(x), device=x.device) < config.class_dropout, nets.classes, y)            # nets.classes: the null token
@@ -234,9 +232,8 @@ def rules(nets, config, error, alive, t):
     return scores
 
 
-# ----------------------------------------------------------------------------- stopping early: an image's errors so far (n, K)
 def survivors(error, classes, config):
-    """Which of the classes can still win; the others are not asked any more. One left: the label is settled."""
+    """Which of the classes can still win, by an image's errors so far (n, K); the others are not asked any more. One left: the label is settled."""
     n, left = len(error), config.votes - len(error)
     if config.stop == "none" or left == 0:
         return classes
@@ -267,10 +264,9 @@ def stopped(error, config):
     return kept, alive
 
 
-# ----------------------------------------------------------------------------- images
 def draw(nets, config, x, labels, names, start=1.):
     """x (B, C, H, W), as the network sees it, noised to time `start` and denoised as the labels (B,) in `draw_steps` ancestral steps -> images
-    uint8. Guidance: (1 + w) conditional - w unconditional. Noise goes by `names` (B): where they are equal, so is the noise."""
+    uint8. Guidance: (1 + w) conditional - w unconditional. Where `names` (B) are equal, so is the noise."""
     l = logsnr(config, torch.linspace(start, 0, config.draw_steps + 1, dtype=torch.float64), x.shape[-1]).float().to(x.device)
     noise = (run.image_noise(config.seed, [f"{name} draw {i}" for name in names], x.shape[1:], x.device) for i in range(config.draw_steps + 1))
     z, *_ = diffuse(x, next(noise), l[0].expand(len(x)))
