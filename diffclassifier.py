@@ -449,7 +449,7 @@ def evaluate(nets, split, config, device, joint=None):
     if joint is not None:
         config = dataclasses.replace(config, votes=config.val_votes, stop="none", rule="majority")
     error, alive, t = judge(nets, config, split, device)
-    found, rows = rules(nets, config, error, alive, t), []
+    nets.votes, found, rows = count_votes(error), rules(nets, config, error, alive, t), []
     if joint is None and run.rank() == 0:
         print(f"network calls an image: {(~np.isnan(error)).sum((1, 2)).mean():.1f} of {config.votes} noise levels x {nets.classes} classes", flush=True)
     predictions = {METHOD: found[config.rule]}
@@ -606,7 +606,7 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
     split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
     classes, out = facts["classes"], run.result_folder(output, checkpoint, "explain", config)
     error, alive, t = judge(nets, config, split, device)
-    p, votes = rules(nets, config, error, alive, t)[config.rule], count_votes(error)
+    p, votes = rules(nets, config, error, alive, t)[config.rule], np.stack([count_votes(error[:, :n]) for n in range(1, config.votes + 1)], -1)
     for i, (name, image) in enumerate(zip(split.ids, split.images)):
         best, second, *_ = shown = np.argsort(-p[i])[:3]
         x = seen(nets, image, device)
@@ -619,9 +619,9 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
         for what, picture in zip(["image minus denoised as", *[f"{classes[k]} minus" for k in shown[1:]]], [image, *drawn[1:]]):
             difference = picture.mean(0) - drawn[0].mean(0)
             tiles[f"{what} {classes[best]}: red lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most"] = plots.signed(difference)
-        truth = f" (true: {classes[split.labels[i]]})" if split.labels[i] >= 0 else ""
-        plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{truth}, by --rule {config.rule}", tiles, [],
-                          [f"votes of {votes[i].sum():.0f} noise levels: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i]))], len(shown) + 1)
+        plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{f' (true: {classes[split.labels[i]]})' * bool(split.labels[i] >= 0)}, by --rule {config.rule}", tiles,
+                          [(dict(zip(classes, ((np.arange(1, config.votes + 1), v) for v in votes[i]))), "Votes as they come in", "noise levels", "votes")],
+                          [f"votes of {votes[i, :, -1].sum():.0f} noise levels: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i, :, -1]))], len(shown) + 1)
     print(*problems, f"pictures: {out}   (not for clinical use)", sep="\n")
 
 

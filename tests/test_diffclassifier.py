@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import typing
 from types import SimpleNamespace
 
@@ -790,6 +791,8 @@ def test_predict_writes_a_row_and_a_panel_an_image(toy_run, tmp_path, capsys):
     assert len(rows) == 2 == len(opened(tmp_path / "out")) and all(sum(float(v) for k, v in row.items() if k.startswith("p:")) == pytest.approx(1, abs=1e-4) for row in rows)
     said = capsys.readouterr().out
     assert all(f"{kind} " in said for kind in KINDS) and "not for clinical use" in said
+    counts = re.findall(r"votes for \S+ (\d+), \S+ (\d+), \S+ (\d+)", said)
+    assert len(counts) == 2 and all(5 >= int(a) >= int(b) >= int(c) for a, b, c in counts)
 
 
 class Stopped(Exception):
@@ -830,14 +833,14 @@ def test_explain_shows_images_above_and_under_each_what_it_differs_in(toy_run, t
     monkeypatch.setattr(diffclassifier, "evidence", lambda nets, config, x, name, best, other: np.eye(28) * (1 + 10 * best + other))
     signed = diffclassifier.plots.signed
     monkeypatch.setattr(diffclassifier.plots, "signed", lambda d: maps.append(d) or signed(d))
-    keep = lambda path, title, tiles, charts, lines, columns: shown.append((title, list(tiles), lines, columns))
+    keep = lambda path, title, tiles, charts, lines, columns: shown.append((title, list(tiles), charts, lines, columns))
     monkeypatch.setattr(diffclassifier.plots, "explanation", keep)
     assert command("explain", toy_run, "--limit", 1, "--output", tmp_path / "out") == 0
     config, nets, facts, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, dict(limit=1))
     test, names = load_for(config).test, facts["classes"]
     p = diffclassifier.evaluate(nets, test, config, CPU)[0]["diffclassifier"][0]
     a, b, c = np.argsort(-p)[:3]
-    (title, captions, lines, columns), = shown
+    (title, captions, ((series, *_),), lines, columns), = shown
     difference = test.images[0].mean(0) - (100 + 10 * a)
     assert title == f"{names[a]} (true: {names[test.labels[0]]}), by --rule learned" and columns == 4
     assert captions == [f"image {test.ids[0]}", *(f"denoised as {names[k]}, p {p[k]:.3f}" for k in (a, b, c)),
@@ -847,6 +850,8 @@ def test_explain_shows_images_above_and_under_each_what_it_differs_in(toy_run, t
     for found, wanted in zip(maps, (np.eye(28) * (1 + 10 * a + b), difference, 10. * (b - a), 10. * (c - a)), strict=True):
         assert np.allclose(found, wanted)
     assert lines[0].startswith("votes of 5 noise levels: nevus ")
+    assert list(series) == names and all(x.tolist() == [1, 2, 3, 4, 5] and (np.diff(y) >= 0).all() for x, y in series.values())
+    assert sum(y for _, y in series.values()).tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("own", [False, True])

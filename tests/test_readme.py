@@ -33,6 +33,7 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README and claims.few_table() in README
     assert claims.steps_table("symmflow-toy") in README and claims.coverage_table("symmflow-toy") in README
     assert claims.drawn_table("symmflow-toy") in README and claims.ideas_table("symmflow") in README and claims.steps_table("symmflow-toy-raw") in README
+    assert claims.votes_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
     cpu, cuda = (json.loads((claims.RESULTS / f"bench-{device}.json").read_text()) for device in ("cpu", "cuda"))
     assert bench.table(cpu) in README and bench.table(cuda) in README and bench.full_table(cuda) in README
 
@@ -120,6 +121,26 @@ def test_the_flow_beside_its_controls_is_as_the_readme_says():
 def test_on_retinamnist_three_seeds_have_48_percent_on_average():
     records = claims.records("symmflow-retinamnist-small")
     assert len(records) == 3 and np.mean([r["test"]["accuracy"] for r in records]) >= .48
+
+
+def test_the_diffusion_classifier_is_within_ten_points_of_bayes_by_the_learned_weighting_and_fourteen_by_vote():
+    records = claims.records("diffclassifier-toy")
+    assert len(records) == 3 and np.mean([r["bayes"]["accuracy"] - r["test"]["accuracy"] for r in records]) < .10
+    assert np.mean([r["bayes"]["accuracy"] - r["baselines"]["rule majority"]["accuracy"] for r in records]) < .14
+
+
+def test_the_evidence_lies_in_the_lesions_box_at_more_than_twice_the_boxs_share_of_the_area():
+    for record in claims.records("diffclassifier-toy"):
+        assert record["evidence"]["in_box"] > 2 * record["evidence"]["area"]
+
+
+def test_what_the_readme_says_of_the_diffusion_classifier_is_recorded():
+    records = claims.records("diffclassifier-toy")
+    said = [float(x) for x in re.search(r"ResNet on the same batches is ahead\s+by (.+?) in the three seeds, the Bayes optimum by (.+?);", README).groups() for x in x.split(", ")]
+    assert said == pytest.approx([of["accuracy"] - r["test"]["accuracy"] for name in ("resnet", "bayes") for r in records
+                                  for of in [r["bayes"] if name == "bayes" else r["baselines"][name]]], abs=5.1e-4)
+    found = [np.mean([r["evidence"][k] for r in records]) for k in ("in_box", "square_in_box", "area")]
+    assert "has {:.2f} of its sum, and {:.2f} of its square, in the lesion's box, which is {:.2f} of the area".format(*found) in README
 
 
 def test_the_pictures_of_the_readme_are_there():
