@@ -228,8 +228,8 @@ def votes(folder):
 
 
 # ============================================================================= counterfactuals, judged
-PAPER = ["guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent", "guidance", "remove_start", "remove_scale",
-         "enforce_start", "enforce_scale", "edit_steps", "edit_eta"]    # mediffusion's fields that have the authors' values by default
+GUIDANCE = ["guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent", "guidance", "remove_start", "remove_scale",
+            "enforce_start", "enforce_scale", "edit_steps", "edit_eta", "edit_keep"]       # mediffusion's fields that no training depends on
 SURE = .75                                                              # AUROC of a judge below which it is not listened to
 QUANTILES = (.05, .25, .5, .75, .95)
 WHERE = ("inside", "outside", "inside, at random", "outside, at random")
@@ -360,25 +360,27 @@ def measured_counterfactuals(nets, config, data, few, device, n=64, arms=None, b
         led = replace(config, **given)
         nets.guide = [mediffusion.other_guide(led.guide, dict(classes=data.classes, channels=data.channels))] if led.guide != "own" else None
         print(name, flush=True)
-        found["arms"][name] = {"settings": {field: getattr(led, field) for field in PAPER}, "rows": judged_rows(nets, led, data, judge, auroc, n if led.edit_steps else -(-n // 4), device, boxed)}
+        found["arms"][name] = {"settings": {field: getattr(led, field) for field in GUIDANCE}, "rows": judged_rows(nets, led, data, judge, auroc, n if led.edit_steps else -(-n // 4), device, boxed)}
     return found | {"samples": drawn_samples(nets, config, data, judge, n, device)}
 
 
 def counterfactuals(folder, n=64, boxed=False):
-    """Writes mediffusion-counterfactuals.json and its picture, of a run of mediffusion.py with few labels."""
+    """Writes mediffusion-counterfactuals.json and its picture, of a run of mediffusion.py with few labels: led as recipe plus has it, as the paper, whose
+    scales are for latents of another unit, and by the run's plain ResNet, which looks at decoded images."""
     mediffusion, file = importlib.import_module("mediffusion"), Path(folder) / "best.pt"
     config, nets, facts, device = running.load_model(file, "mediffusion", mediffusion.Config, mediffusion.build, {})
     data = load_for(replace(config, labels="1"))
     few = np.flatnonzero(labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids]))
-    arms = {config.recipe: {}, "the paper's": {field: getattr(mediffusion.Config, field) for field in PAPER}}
-    arms |= {"another classifier": dict(guide=str(file))} if nets.resnet is not None else {}
+    plus, paper = ({field: getattr(of, field) for field in GUIDANCE} for of in (mediffusion.configure(data=config.data, recipe="plus"), mediffusion.Config))
+    config = replace(config, **plus)                                    # today's, whatever the run was trained with
+    arms = {"plus": {}, "the paper's": paper} | ({"another classifier": dict(guide=str(file))} if nets.resnet is not None else {})
     found = measured_counterfactuals(nets, config, data, few, device, n, arms, boxed)
     content = json.loads((Path(folder) / "metrics.json").read_text())
     record = {key: content[key] for key in ("method", "data", "scale", "recipe", "seed", "commit")} | {"latent_scale": nets.latent_scale.item(), "few": len(few)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "mediffusion-counterfactuals.json"
     path.write_text(json.dumps(record | found, indent=1))
-    box_plots(RESULTS / "mediffusion-boxes.png", found["arms"][config.recipe]["rows"])
+    box_plots(RESULTS / "mediffusion-boxes.png", found["arms"]["plus"]["rows"])
     return path
 
 

@@ -531,6 +531,34 @@ def test_with_a_scale_of_zero_the_counterfactual_is_the_control_bit_by_bit(eta):
     assert torch.equal(same_way, control) and not torch.allclose(led, control, atol=1e-3)                 # one noise for all, whatever the aim
 
 
+def test_a_change_is_held_by_the_fewest_pixels_and_those_of_its_squares():
+    change = torch.zeros(3, 2, 6, 6)
+    change[0, :, 1, 1], change[0, 0, 4, 4] = 3., 1.                     # energies 9 and .5
+    change[1, 1, 2, 2] = 1.
+    for share, kept in ((.9, [[7], [14]]), (1., [[7, 28], [14]]), (.5, [[7], [14]])):
+        mask = mediffusion.strongest(change, share, 1)
+        assert mask.shape == (3, 1, 6, 6) and [m.flatten().nonzero()[:, 0].tolist() for m in mask] == [*kept, []]
+    around = mediffusion.strongest(change[1:2], 1., 3)                  # averaged over squares, each of the nine holds a ninth
+    assert around[0, 0, 1:4, 1:4].all() and around.sum() == 9 and mediffusion.strongest(change[1:2], .5, 3).sum() == 5
+    x = torch.randn(4, 1, 9, 9)
+    for share in (.2, .5, .8):
+        mask, energy = mediffusion.strongest(x, share, 1), x.square()
+        held = (energy * mask).sum((1, 2, 3)) / energy.sum((1, 2, 3))
+        one_less = held - torch.where(mask, energy, torch.inf).amin((1, 2, 3)) / energy.sum((1, 2, 3))
+        assert (held >= share - 1e-6).all() and (one_less < share).all() and (torch.where(mask, energy, torch.inf).amin((1, 2, 3)) >= (energy * ~mask).amax((1, 2, 3))).all()
+
+
+def test_outside_of_what_is_kept_a_counterfactual_is_the_control_and_inside_it_is_as_if_all_were_kept():
+    given, x = dict(enforce_scale=1e4, enforce_start=40, edit_steps=4), torch.rand(3, 1, 16, 16) * 2 - 1
+    nets, label, names = networks(tiny(**given)), torch.tensor([0, 1, 2]), list("abc")
+    whole, control = mediffusion.counterfactual(nets, tiny(**given), x, label, True, names)
+    led, same_way = mediffusion.counterfactual(nets, tiny(edit_keep=.5, **given), x, label, True, names)
+    mask = mediffusion.strongest(whole - control, .5, 1)
+    assert torch.equal(same_way, control) and torch.equal(led, torch.where(mask, whole, control)) and 0 < mask.float().mean() < .5
+    assert torch.equal(mediffusion.counterfactual(nets, tiny(edit_keep=0., **given), x, label, True, names)[0], control)
+    assert configure(data="toy_xray", recipe="paper").edit_keep == 1 and configure(data="toy_xray").edit_keep < 1
+
+
 @pytest.mark.parametrize("steps", [0, 7, 25])
 def test_who_knows_the_noise_gets_the_image_back_for_it_is_denoised_at_the_level_it_was_noised_to(steps, monkeypatch):
     config, x = tiny(remove_scale=0., edit_steps=steps, edit_eta=0.), torch.rand(2, 1, 16, 16) * 2 - 1
