@@ -360,7 +360,9 @@ def measured_counterfactuals(nets, config, data, few, device, n=64, arms=None, b
         led = replace(config, **given)
         nets.guide = [mediffusion.other_guide(led.guide, dict(classes=data.classes, channels=data.channels))] if led.guide != "own" else None
         print(name, flush=True)
-        found["arms"][name] = {"settings": {field: getattr(led, field) for field in GUIDANCE}, "rows": judged_rows(nets, led, data, judge, auroc, n if led.edit_steps else -(-n // 4), device, boxed)}
+        some = n if led.edit_steps else -(-n // 4)
+        found["arms"][name] = {"settings": {field: getattr(led, field) for field in GUIDANCE},
+                               "rows": judged_rows(nets, led, data, judge, auroc, some, device, boxed)}
     return found | {"samples": drawn_samples(nets, config, data, judge, n, device)}
 
 
@@ -376,7 +378,8 @@ def counterfactuals(folder, n=64, boxed=False):
     arms = {"plus": {}, "the paper's": paper} | ({"another classifier": dict(guide=str(file))} if nets.resnet is not None else {})
     found = measured_counterfactuals(nets, config, data, few, device, n, arms, boxed)
     content = json.loads((Path(folder) / "metrics.json").read_text())
-    record = {key: content[key] for key in ("method", "data", "scale", "recipe", "seed", "commit")} | {"latent_scale": nets.latent_scale.item(), "few": len(few)}
+    record = {key: content[key] for key in ("method", "data", "scale", "recipe", "seed", "commit")}
+    record |= {"command": "python -m tests.claims --counterfactuals RUN", "latent_scale": nets.latent_scale.item(), "labelled": len(few)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "mediffusion-counterfactuals.json"
     path.write_text(json.dumps(record | found, indent=1))
@@ -394,15 +397,17 @@ def counterfactuals_table(record):
                 lines.append(f"| {arm}: {what} | refused: {row['refused']} |" + " |" * 8)
                 continue
             judge, boxes = row["judge"], [f"{row[key]:.2f}" if key in row else "" for key in ("in_box", "in_random_box")]
-            lines.append(f"| {arm}: {what} | {judge['image']:.2f} | {judge['control']:.2f} | {judge['guided']:.2f} | {judge['diff']:+.2f} | {judge['other_diff']:.2f} | "
-                         f"{judge['other_abs']:.2f} | {row['flipped']:.2f} (control {row['flipped_by_control']:.2f}) | {' | '.join(boxes)} |")
+            lines.append(f"| {arm}: {what} | {judge['image']:.2f} | {judge['control']:.2f} | {judge['guided']:.2f} | {judge['diff']:+.2f} | "
+                         f"{judge['other_diff']:.2f} | {judge['other_abs']:.2f} | {row['flipped']:.2f} (control {row['flipped_by_control']:.2f}) | "
+                         f"{' | '.join(boxes)} |")
     return "\n".join(lines)
 
 
 def samples_table(record):
     """The README's table of drawn images in the judge's features."""
     lines = ["| | Frechet distance to test | kernel distance | the judge sees the label |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | {row['frechet']:.3g} | {row['kernel']:.3g} | {row['label_agreement']:.2f} |" for name, row in record["samples"].items()])
+    lines += [f"| {name} | {row['frechet']:.3g} | {row['kernel']:.3g} | {row['label_agreement']:.2f} |" for name, row in record["samples"].items()]
+    return "\n".join(lines)
 
 
 def box_plots(path, rows):
@@ -475,7 +480,7 @@ def main(argv=None):
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
     parser.add_argument("--votes", metavar="RUN", help="keep the votes of 300 test images at 501 levels, of a toy run of diffclassifier.py")
-    parser.add_argument("--counterfactuals", metavar="RUN", help="counterfactuals and drawn images of a run of mediffusion.py, by a judge that saw other patients")
+    parser.add_argument("--counterfactuals", metavar="RUN", help="of a run of mediffusion.py, by a judge that saw other patients")
     parser.add_argument("--images", type=int, default=64, help="how many a row; default 64")
     parser.add_argument("--boxed", action="store_true", help="enforce in images with a box of another finding, as the authors do, not in those of none")
     parser.add_argument("--picture", metavar="RUN", help="draw tests/results/METHOD*.png from a toy run")

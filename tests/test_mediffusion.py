@@ -31,6 +31,7 @@ from common.resnet import ResNet
 from common.schedules import ddim_step, ddpm_step
 from data import Batches, DataSet, Split, load_for, toy
 from mediffusion import Aim, Changed, Config, configure, judged, levels, q_sample, reverse_step
+from tests import claims
 from tests.loading import opened, short
 from tests.test_run import processes
 from tests.test_symmflow import autoencoder, same
@@ -1045,6 +1046,98 @@ def test_light_beyond_white_stays_white():
         assert (image == 1).all() and (plots.to_uint8(image) == 255).all()
 
 
+def films(n, seed, name="film", views=1):
+    """`lesions`, of which chance leaves some out; `views` images of each patient."""
+    rng = np.random.default_rng(seed)
+    split = lesions(n, rng)
+    split.labels[:] = np.repeat(rng.random((-(-n // views), 3)) < .5, views, 0)[:n]
+    for i, k in zip(*np.nonzero(split.labels == 0)):
+        x0, y0, x1, y1 = split.boxes[i, k].astype(int)
+        split.images[i, 0, y0:y1, x0:x1] = rng.integers(60, 90, (4, 4))
+    split.ids, split.groups = [f"{name}-{i}" for i in range(n)], [f"{name}-patient-{i // views}" for i in range(n)]
+    return split
+
+
+def protocol(monkeypatch, config, data, few, n=12, **given):
+    """tests.claims' record of an editor that draws the finding, or wipes it out, at its place and nowhere else."""
+    of = {name: (split, i) for split in (data.val, data.test) for i, name in enumerate(split.ids)}
+
+    def editor(nets, config, x, label, enforce, names):
+        control = x.clone()
+        led = control.clone()
+        for i, name in enumerate(names):
+            split, row = of[name]
+            x0, y0, x1, y1 = split.boxes[row, label[i]].astype(int)
+            led[i, :, y0:y1, x0:x1] = 220 / 127.5 - 1 if enforce else 75 / 127.5 - 1
+        return led, control
+    monkeypatch.setattr(mediffusion, "counterfactual", editor)
+    monkeypatch.setattr(mediffusion, "draw", lambda nets, config, labels, names, scale, device: torch.rand(len(names), 1, 16, 16) * 2 - 1)
+    return claims.measured_counterfactuals(networks(config), config, data, few, CPU, n, **given)
+
+
+def test_the_protocol_finds_an_editor_of_the_finding_alone_by_a_judge_of_other_patients(monkeypatch, capsys):
+    config, few, taught = tiny(augment="", width=8), np.arange(60), []
+    data = DataSet(films(460, 0, "train", 2), films(100, 1, "val"), films(100, 2, "test"), ["a", "b", "c"], True, 1)
+    data.train.labels[-40:, 2] = -1                                     # not known: no judge learns from them
+    monkeypatch.setattr(claims, "train_judge", lambda split, *args, real=claims.train_judge, **given: taught.append(split) or real(split, *args, **given))
+    found = protocol(monkeypatch, config, data, few)
+    assert found["judge"]["images"] == 400 == len(taught[0]) and found["judge"]["patients"] == 200 and not set(taught[0].groups) & set(data.train.groups[:60])
+    assert all(value > .9 for value in found["judge"]["val_auroc"].values()) and "AUROC on validation: a " in capsys.readouterr().out
+    rows = found["arms"]["as configured"]["rows"]
+    assert list(rows) == [f"{verb} {label}" for label in "abc" for verb in ("remove", "enforce")]
+    for what, row in rows.items():
+        judge, inside = row["judge"], row["change_by_place"]
+        assert (judge["diff"] > .4 if what.startswith("enforce") else judge["diff"] < -.4) and judge["other_diff"] <= judge["other_abs"] < .2, what
+        assert row["in_box"] == pytest.approx(1) and 0 <= row["in_random_box"] < .5 and row["boxes"] == row["images"] <= 12
+        assert inside["outside"] == [0.] * 5 and .1 < inside["inside"][2] < .7 and inside["inside, at random"][2] < inside["inside"][2]
+    assert set(found["samples"]) == {"real", "unguided", "guided"}
+    real, drawn = found["samples"]["real"], found["samples"]["guided"]
+    assert real["frechet"] < drawn["frechet"] and real["kernel"] < drawn["kernel"] and real["label_agreement"] > .8
+
+
+def test_what_the_judge_does_not_know_is_refused_and_the_table_says_so(monkeypatch, tmp_path):
+    data, rng = DataSet(films(200, 0, "train"), films(80, 1, "val"), films(60, 2, "test"), ["a", "b", "c"], True, 1), np.random.default_rng(0)
+    data.val.labels[:, 1] = rng.integers(0, 2, 80)
+    record = protocol(monkeypatch, tiny(augment=""), data, np.arange(20), n=4)
+    rows = record["arms"]["as configured"]["rows"]
+    assert "under 0.75" in rows["remove b"]["refused"] and "refused" in rows["enforce b"] and record["judge"]["val_auroc"]["b"] < .75
+    table = claims.counterfactuals_table(record).splitlines()
+    assert len(table) == 8 and {line.count("|") for line in table} == {11} and sum("refused: the judge's AUROC of b is 0." in line for line in table) == 2
+    assert claims.samples_table(record).count("\n") == 4 and claims.box_plots(tmp_path / "boxes.png", rows).exists() and opened(tmp_path)
+    json.dumps(record)
+
+
+@pytest.mark.parametrize("few, words", [(40, "judge and model would share patients"), (10, "evaluated as well, first: film-patient-3")])
+def test_a_judge_that_would_share_patients_with_the_model_is_refused(few, words):
+    data = DataSet(films(40, 0, "train", 2), films(4, 1, "val"), films(4, 2, "test"), ["a", "b", "c"], True, 1)
+    if few == 10:
+        data.train.groups[3] = data.test.groups[1] = "film-patient-3"
+    with pytest.raises(run.UserError, match=words) as caught:
+        claims.for_judge(data, np.arange(few))
+    assert "\n" not in str(caught.value)
+    assert few == 10 or claims.for_judge(data, np.arange(11)).tolist() == list(range(12, 40))              # the twelfth image is of the sixth patient, too
+
+
+def test_a_run_that_saw_all_labels_is_refused_in_one_line(tmp_path, capsys):
+    assert go(tmp_path / "run", "--labels", 1, "--epochs", 1, "--explained", 1, "--no-baseline") == 0
+    capsys.readouterr()
+    refused(capsys, claims.main(["--counterfactuals", str(tmp_path / "run")]), "judge and model would share patients", "--labels below 1")
+
+
+def test_a_finding_is_enforced_where_there_is_none_or_as_the_authors_do_where_another_has_a_box():
+    split = films(60, 0)
+    has, boxes = split.labels > 0, split.boxes
+    boxes[::2] = np.nan
+    rows = lambda *args: claims.starting(split, *args).tolist()
+    assert rows(1, True) == np.flatnonzero(~has.any(1)).tolist()
+    odd = np.arange(60) % 2 == 1
+    assert rows(1, True, True) == np.flatnonzero(odd & has.any(1) & ~has[:, 1]).tolist() and rows(1, False) == np.flatnonzero(odd & has[:, 1]).tolist()
+    split.boxes = None
+    assert rows(1, False) == np.flatnonzero(has[:, 1]).tolist()
+    single = pictures(9, multilabel=False)
+    assert claims.starting(single, 2, False).tolist() == [2, 5, 8] and claims.starting(single, 2, True).tolist() == [0, 1, 3, 4, 6, 7]
+
+
 # ---------------------------------------------------------------------------------------------- runs and commands
 ARGS = ("--size 28 --limit 16 --epochs 2 --pretrain-epochs 1 --batch-size 4 --labelled-batch 4 --labels 0.5 --ae-width 8 --ae-mult 1,2 --ae-blocks 1 --ae-latent 2 "
         "--channels 8 --mult 1,2 --attention 2 --head-channels 8 --hidden 16 --width 8 --timesteps 50 --draw-steps 2 --remove-start 20 --enforce-start 20 "
@@ -1360,14 +1453,6 @@ def test_a_guide_that_knows_other_classes_or_is_no_run_is_refused(xray_run, toy_
 @pytest.mark.slow
 def test_a_tiny_network_learns_and_what_guidance_changes_is_the_finding_to_another_classifier_as_well(tmp_path, monkeypatch):
     """Films of 16 pixels with a light square in each of three quarters, or not; a tenth of the labels."""
-    def films(n, seed):
-        rng = np.random.default_rng(seed)
-        split = lesions(n, rng)
-        split.labels[:] = rng.random((n, 3)) < .5
-        for i, k in zip(*np.nonzero(split.labels == 0)):
-            x0, y0, x1, y1 = split.boxes[i, k].astype(int)
-            split.images[i, 0, y0:y1, x0:x1] = rng.integers(60, 90, (4, 4))
-        return split
     train = films(800, 0)
     train.few = (np.arange(80), 16)
     train.labels[80:] = -1
