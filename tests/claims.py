@@ -228,8 +228,8 @@ def votes(folder):
 
 
 # ============================================================================= counterfactuals, judged
-GUIDANCE = ["guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent", "guidance", "remove_start", "remove_scale",
-            "enforce_start", "enforce_scale", "edit_steps", "edit_eta", "edit_keep"]       # mediffusion's fields that no training depends on
+GUIDANCE = ["guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent", "guidance", "eta", "remove_start",
+            "remove_scale", "enforce_start", "enforce_scale", "edit_steps", "edit_eta", "edit_keep"]       # mediffusion's fields that no training depends on
 SURE = .75                                                              # AUROC of a judge below which it is not listened to
 QUANTILES = (.05, .25, .5, .75, .95)
 WHERE = ("inside", "outside", "inside, at random", "outside, at random")
@@ -251,7 +251,7 @@ def for_judge(data, few):
     return rows
 
 
-def train_judge(split, classes, config, device, epochs=10):
+def train_judge(split, classes, config, device, epochs=6):
     """A plain ResNet of the images and labels of a split; how it is taught is never chosen by what it says."""
     mediffusion = importlib.import_module("mediffusion")
     torch.manual_seed(running.seed_of(config.seed, "judge"))

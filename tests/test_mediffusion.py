@@ -33,6 +33,7 @@ from data import Batches, DataSet, Split, load_for, toy
 from mediffusion import Aim, Changed, Config, configure, judged, levels, q_sample, reverse_step
 from tests import claims
 from tests.loading import opened, short
+from tests.test_chestxray14 import BOXES, TABLE, nih
 from tests.test_run import processes
 from tests.test_symmflow import autoencoder, same
 from tests.test_unet import count
@@ -812,6 +813,13 @@ def test_in_the_second_stage_the_autoencoder_does_not_move_and_its_average_is_it
         assert all(p.grad is None for part in (nets.autoencoder, nets.discriminator) for p in part.parameters())
 
 
+def test_no_layer_of_the_autoencoder_acts_otherwise_in_training():
+    """Frozen, it is in whatever mode the networks around it are."""
+    nets, x = networks(tiny()), torch.rand(2, 1, 16, 16)
+    z = nets.latents(x)
+    assert torch.equal(nets.train().latents(x), z) and torch.equal(nets.decoded(z), nets.eval().decoded(z))
+
+
 @pytest.mark.parametrize("augment, variants", [("", 1), ("hflip", 2), ("hflip,vflip", 4)])
 @torch.no_grad()
 def test_latents_of_training_images_are_computed_once_a_variant_and_are_those_computed_anew(augment, variants):
@@ -1418,6 +1426,32 @@ def test_names_of_images_that_do_not_exist_are_one_line(tmp_path, capsys):
     refused(capsys, go(tmp_path / "run", "--labels", tmp_path / "names.txt"), "names.txt: ", "names are of no image here")
 
 
+@pytest.mark.parametrize("file, change, words", [
+    (TABLE, ("Cardiomegaly", "Broken leg"), "unknown finding 'Broken leg'"), (TABLE, ("Image Index,Finding Labels", "Image Index,Label"), "needed: Image Index,Finding Labels"),
+    (BOXES, (",5,6,7", ",5,6"), "line 2 has 5 fields"), (BOXES, ("Mass", "Leg"), "unknown finding 'Leg'")], ids=["finding", "header", "box", "box of what"])
+def test_a_wrong_table_of_findings_or_boxes_is_one_line(file, change, words, tmp_path, capsys):
+    (tmp_path / "nih").mkdir()
+    root = nih(tmp_path / "nih")
+    (root / BOXES).write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000007_000.png,Mass,4,5,6,7\n")
+    (root / file).write_text((root / file).read_text().replace(*change))
+    refused(capsys, go(tmp_path / "run", "--data", "chestxray14", "--root", root, "--size", 32), str(root / file), words)
+
+
+def test_ages_of_414_infiltrates_and_rgba_among_gray_are_no_mistake(tmp_path):
+    (tmp_path / "nih").mkdir()
+    root = nih(tmp_path / "nih")
+    (root / TABLE).write_text((root / TABLE).read_text().replace(",71,M", ",414,M", 5).replace("Infiltration", "Infiltrate"))
+    for path in sorted((root / "images").glob("*.png"))[:20]:
+        with Image.open(path) as image:
+            image.convert("RGBA").save(path)
+    config = tiny(data="chestxray14", root=str(root), labels="0.2", size=32, cls_start=0)
+    data = mediffusion.load_for(config)
+    assert any("5 ages are no age of a patient" in note for note in data.notes) and data.channels == 1 and len(data.classes) == 14
+    assert data.test.labels[:, data.classes.index("Infiltration")].sum() > 0
+    for *_, losses in stepping(config, data.train, networks(config, 1, 14), n=1):
+        assert losses["loss"].isfinite() and losses["classifier"] > 0
+
+
 def test_an_autoencoder_of_gray_images_is_refused_for_colour_data_and_one_that_is_none_for_any(tmp_path, capsys):
     file = autoencoder(tmp_path / "gray.pt", 1)
     refused(capsys, go(tmp_path / "run", "--data", "toy", "--autoencoder", file, "--pretrain-epochs", 0), f"--autoencoder {file}: is one of gray images")
@@ -1497,3 +1531,16 @@ def test_in_the_records_guidance_lowers_what_it_removes_and_raises_what_it_enfor
     for model in (OWN, "resnet"):
         for verb, sign in (("remove", -1), ("enforce", 1)):
             assert sign * np.mean([row[model]["diff"] for what, row in rows if what.startswith(verb) and model in row]) > 0
+
+
+@pytest.mark.slow
+def test_in_the_record_of_a_judge_of_other_patients_each_row_does_what_it_says_in_the_box_and_little_else():
+    """Guided minus unguided: by .2 at least, more than twice as much as other labels move, and more than half of the change in the box."""
+    path = ROOT / "tests" / "results" / "mediffusion-counterfactuals.json"
+    if not path.exists():
+        pytest.skip("no record: python -m tests.claims --counterfactuals RUN")
+    record = json.loads(path.read_text())
+    assert all(value >= .75 for value in record["judge"]["val_auroc"].values()) and len(record["arms"]["plus"]["rows"]) == 6
+    for what, row in record["arms"]["plus"]["rows"].items():
+        change = row["judge"]["diff"] * (1 if what.startswith("enforce") else -1)
+        assert row["images"] >= 48 and change >= .2 and row["judge"]["other_abs"] < change / 2 and row["in_box"] > .5 > row["in_random_box"], what
