@@ -141,6 +141,7 @@ class Config:
     enforce_scale: float = 200.  # [0..] s for it
     edit_steps: int = 0  # [0..] of the reverse process of counterfactuals; 0: each level
     edit_eta: float = 1.  # [0..1] its noise
+    edit_keep: float = 1.  # [0..1] a counterfactual is the control but for the pixels that hold this share of the change's energy; 1: all
     explained: int = 16  # [1..] images of each class that are changed and measured at the end
     calibrate: bool = False  # fit the probabilities' temperature on validation
     uncertainty: Literal["entropy", "margin"] = "entropy"  # what predictions are ranked by
@@ -149,8 +150,8 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(calibrate=True, guide_on="x0hat", guide_through="encoder", guide_clean=True, guide_unit=True, guidance=2., remove_scale=2., enforce_scale=2.,
-            edit_steps=25, edit_eta=0.)
+PLUS = dict(calibrate=True, guide_on="x0hat", guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+            eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
 TOY = dict(size=32, labels="0.1")
@@ -319,17 +320,26 @@ def draw(nets, config, labels, names, scale, device):
     return nets.decoded(reverse(nets, config, z, config.timesteps, config.draw_steps, config.eta, names, aim)).clamp(-1, 1)
 
 
+def strongest(change, share, side):
+    """Mask (B, 1, H, W) of the fewest pixels that hold this share of the energy of a change (B, C, H, W), averaged over squares of `side`, odd."""
+    energy = F.avg_pool2d(change.square().mean(1, keepdim=True), side, 1, side // 2)
+    most, order = energy.flatten(1).sort(dim=1, descending=True, stable=True)
+    held = most.cumsum(1) - most < share * most.sum(1, keepdim=True)    # by those before it
+    return torch.zeros_like(held).scatter(1, order, held).view_as(energy)
+
+
 def counterfactual(nets, config, x, label, enforce, names):
     """Images x (B, channels, H, W) as they would be without a label (B,), or with it: (guided, control), in [-1, 1]. The control is the same
-    way through autoencoder and noise without guidance: what guidance changed is guided - control. `enforce`: True or False, for all."""
-    z = nets.latents(x)
-    start, scale = (config.enforce_start, config.enforce_scale) if enforce else (config.remove_start, config.remove_scale)
-    start = min(start, config.timesteps)
+    way through autoencoder and noise without guidance: what guidance changed is guided - control, of which `edit_keep` leaves the strongest
+    part, as the masks of Jeanneret et al. 2023 (ACE). `enforce`: True or False, for all."""
+    z, start = nets.latents(x), min(config.enforce_start if enforce else config.remove_start, config.timesteps)
     eps = run.image_noise(config.seed, [f"{name} start" for name in names], z.shape[1:], z.device)
     z_t, logits = q_sample(z, eps, nets.alpha_bar[levels(start, config.edit_steps)[0]]), nets.head(features(nets, config, z, names))
-    aim = Aim(label, torch.full_like(label, enforce, dtype=torch.bool), scale, z, logits)
-    ends = [reverse(nets, config, z_t, start, config.edit_steps, config.edit_eta, names, led) for led in (aim, None)]
-    return [nets.decoded(end).clamp(-1, 1) for end in ends]
+    aim = Aim(label, torch.full_like(label, enforce, dtype=torch.bool), config.enforce_scale if enforce else config.remove_scale, z, logits)
+    led, control = (nets.decoded(reverse(nets, config, z_t, start, config.edit_steps, config.edit_eta, names, to)).clamp(-1, 1) for to in (aim, None))
+    if config.edit_keep < 1:                                            # squares just under a latent's pixel
+        led = torch.where(strongest(led - control, config.edit_keep, max(1, nets.autoencoder.multiple - 1) | 1), led, control)
+    return led, control
 
 
 # ============================================================================= 5 networks
@@ -595,8 +605,7 @@ def measure(nets, data, config, device, figures):
                 part, what = val.take(of), f"{'enforce' if enforce else 'remove'} {label}"
                 seen = changed(nets, config, part, k, enforce, device)
                 counterfactuals[what] = {"images": len(of)} | judged(seen, k, enforce, boxes_of(part, k))
-                rows.append(as_tiles(part.images[0], seen, 0, boxes_of(part, k)))
-                names.append(what)
+                rows, names = [*rows, as_tiles(part.images[0], seen, 0, boxes_of(part, k))], [*names, what]
     if rows:
         plots.image_grid(figures / "counterfactuals.png", rows, [["image", "through noise and back", "and guided", "what guidance changed"]] * len(rows), names, title="Counterfactuals")
     return {"labelled": len(data.train.few[0]), "counterfactuals": counterfactuals,
@@ -731,7 +740,7 @@ def main(argv=None):
     why = {"--limit": dict(type=int, default=0, metavar="N", help="at most so many pictures; default: all images given, or 8 of the test split"),
            "--target": dict(default="", help="the label to remove or to enforce, by name or number; default: the likeliest"),
            "--remove": dict(action="store_true", help="lead away from it"), "--enforce": dict(action="store_true", help="lead to it")}
-    edit = ["remove_start", "remove_scale", "enforce_start", "enforce_scale", "edit_steps", "edit_eta"]
+    edit = ["remove_start", "remove_scale", "enforce_start", "enforce_scale", "edit_steps", "edit_eta", "edit_keep"]
     return run.command_line(argv, sys.modules[__name__], {
         "sample": (sample_command, ["draw_steps", "eta", "guidance", "seed", *SAMPLING], "Draw images of a class.", label),
         "explain": (explain_command, ["data", "root", "split", *edit, *SAMPLING], "Show what would have to change for another answer.", why)})

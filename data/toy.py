@@ -35,8 +35,9 @@ def make(seed=0, size=32, n=None):
 def make_xray(seed=0, size=32, n=None):
     """The toy chests: multi-label DataSet of `n` = {"train": N, "val": N, "test": N} grey images of `size` x `size` pixels.
 
-    boxes (N, 3, 4) are where each finding is drawn, present or not: one that is absent is drawn as well, but slight. As in `make`,
-    image i of a split depends on (seed, split, i) alone. Raises DataError for a size under 28.
+    boxes (N, 3, 4) are where each finding is, or where it would be: one that is absent is drawn as well, but slight, and its box is that of the
+    same chest with it, DISTANCE more severe. As in `make`, image i of a split depends on (seed, split, i) alone. Raises DataError for a
+    size under 28.
     """
     return _made("toy_xray", "finding", "patients with two or three images", _xray_split, FINDINGS, seed, size, n)
 
@@ -124,13 +125,14 @@ def _xray_split(seed, part, n, size, name):
     z = np.array(z[:n])
     images, boxes = np.empty((n, 1, size, size), np.uint8), np.empty((n, 3, 4), np.float32)
     for i in range(n):
-        images[i], boxes[i] = draw_xray(z[i], build[i], np.random.default_rng([seed, part, 3, i]), size)
+        with_all = z[i] + DISTANCE * (labels[i] == 0)                # a heart that grows does so beyond the box of a small one
+        images[i], boxes[i] = draw_xray(z[i], build[i], np.random.default_rng([seed, part, 3, i]), size, with_all)
     return Split(images, np.array(labels[:n]), [f"{name}-{i:05d}" for i in range(n)], groups[:n], boxes, xray_posterior(z))
 
 
-def draw_xray(z, build, rng, size):
+def draw_xray(z, build, rng, size, boxed=None):
     """One chest: severities (3,), build (4,) in 0..1 (side of the fluid, side and place of the shadow) -> uint8 (1, size, size) and
-    the boxes (3, 4) of heart, fluid and shadow: x0, y0, x1, y1 in pixels."""
+    the boxes (3, 4) of heart, fluid and shadow at the severities `boxed` (3,), by default z: x0, y0, x1, y1 in pixels."""
     light, contrast, blur, scale = rng.uniform(-.06, .06), rng.uniform(.85, 1.1), rng.uniform(.008, .02), rng.uniform(.95, 1.06)
     turn, (dx, dy), phase = rng.uniform(-.07, .07), rng.uniform(-.025, .025, 2), rng.uniform(0, 2 * np.pi)
     v, u = (np.mgrid[:size, :size] + .5) / size - .5                # pixel centres, in -.5..+.5 and then in those of the chest
@@ -143,10 +145,12 @@ def draw_xray(z, build, rng, size):
         return soft((1 - np.hypot((u - x) / a, (v - y) / b)) * min(a, b))
     base, sides = .31, (-.2, .2)
     lungs = [ellipse(x, .02, .155, .38) * soft(base - v) for x in sides]
-    heart = ellipse(.035, .11, max(.06, .15 + .026 * z[0]), .165)
-    fluid = lungs[int(build[0] < .5)] * soft(v - base + max(0., .12 + .045 * z[1]))
     x, y, radius = sides[int(build[1] < .5)] + .06 * (build[2] - .5), -.17 + .13 * (build[3] - .5), rng.uniform(.07, .085)
     shadow = ellipse(x, y, radius, radius)
+
+    def grown(z):                                                   # heart and fluid, whose severity is their size
+        return ellipse(.035, .11, max(.06, .15 + .026 * z[0]), .165), lungs[int(build[0] < .5)] * soft(v - base + max(0., .12 + .045 * z[1]))
+    heart, fluid = grown(z)
 
     image = .10 + .48 * ellipse(0, .08, .47, .56)                   # dark air, then the body, the lungs in it, ribs, heart, fluid, shadow
     for lung in lungs:
@@ -156,7 +160,7 @@ def draw_xray(z, build, rng, size):
     image = image + (.95 - image) * shadow * np.clip(.33 + .12 * z[2], 0, 1)
     image = (image - .5) * contrast + .5 + light + rng.normal(0, rng.uniform(.01, .025), image.shape)
     boxes = np.empty((3, 4), np.float32)
-    for k, mask in enumerate((heart, fluid, shadow)):
+    for k, mask in enumerate((*grown(z if boxed is None else boxed), shadow)):
         inside = mask > .5 * mask.max()
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         boxes[k] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

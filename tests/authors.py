@@ -1,6 +1,6 @@
-"""DiffMIC, MedSymmFlow and the diffusion classifier as their authors arrange them, over the weights of our networks. For comparison only.
+"""DiffMIC, MedSymmFlow, the diffusion classifier and Mediffusion as their authors arrange them, over the weights of our networks. For comparison only.
 
-Slow, with their quirks; written from the fact sheets, papers/diffmic.md, symmflow.md and diffclassifier.md, whose items the docstrings
+Slow, with their quirks; written from the fact sheets, papers/diffmic.md, symmflow.md, diffclassifier.md and mediffusion.md, whose items the docstrings
 name; nobody's source was read or copied. tests/test_authors.py shows where the two arrangements agree to rounding, and where they must not.
 What they do once and for no result (a copy of all crops, 4.2.6) is left out, and positions reach the CPU once a forward: times err in
 their favour. DiffMIC's train in float32: no autocast in here. B images, K regions of size s, C classes, n reverse steps, ab = alpha_bar.
@@ -219,3 +219,23 @@ def classify_latents(codec, net, codes, x, noise):
     x, y = (z / SCALE for z in (x - v[:, :x.shape[1]], noise - v[:, x.shape[1]:]))
     y, _ = codec.decode(y), codec.decode(x)
     return (y[:, None] - codes[:, :, None, None]).norm(dim=2).mean((2, 3))
+
+
+# ============================================================================= Mediffusion
+def remove(nets, x, noise, label, scale):
+    """mediffusion.md 0 and 1: images x (B, channels, H, W) without a label, by ancestral steps from level T - 1, with noise (T + 1, B, C, h, w), the last of
+    it to begin with. Each step differentiates the classifier's answer to the guess of z_0, which has the embedding of t, through both of the U-Net's
+    passes. The second is here the encoder's alone, the mean of the posterior takes the place of a sample, and levels are not off by one."""
+    alpha_bar, T = nets.alpha_bar.double().tolist(), len(noise) - 1
+    z = nets.latents(x)
+    z = alpha_bar[T - 1] ** .5 * z + (1 - alpha_bar[T - 1]) ** .5 * noise[T]
+    for t in reversed(range(T)):
+        ab_t, ab_s, at = alpha_bar[t], alpha_bar[t - 1] if t else 1., torch.full((len(x),), t, device=x.device)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            eps = nets.unet(z, at).float()
+            answer = nets.head(nets.pooled((z - (1 - ab_t) ** .5 * eps) / ab_t ** .5, at))[:, label]
+            (gradient,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(answer, torch.zeros_like(answer), reduction="sum"), z)
+        eps = eps.detach() + scale * (1 - ab_t) ** .5 * gradient
+        z = ddpm_step(z.detach(), (z.detach() - (1 - ab_t) ** .5 * eps) / ab_t ** .5, noise[t] if t else 0., ab_t, ab_s)
+    return nets.decoded(z).clamp(-1, 1)

@@ -39,6 +39,7 @@ from tests import authors
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VOTES = RESULTS / "diffclassifier-votes.npz"                            # of 300 toy images: what `stops` reads
+JUDGED = RESULTS / "mediffusion-counterfactuals.json"                   # what both ways of removing do to the judge's answer
 
 
 class Setting:
@@ -75,6 +76,15 @@ class Setting:
         n = 4 if self.quick else 32
         images = np.random.default_rng(0).integers(0, 256, (n, 3, config.size, config.size), np.uint8)
         return config, nets.eval(), Split(images, np.zeros(n, np.int64), [str(i) for i in range(n)])
+
+    @functools.cached_property
+    def mediffusion(self):
+        """The same of Mediffusion's small networks: toy chests of 32 x 32, recipe plus."""
+        given = dict(channels=8, head_channels=8, ae_width=8, edit_steps=3) if self.quick else {}
+        config = mediffusion.configure(data="toy_xray", baseline=False, device=str(self.device), **given)
+        torch.manual_seed(0)
+        nets = run.place(mediffusion.build(config, dict(channels=1, classes=list("ABC"), multilabel=True)), self.device).eval()
+        return config, nets, self.images(2 if self.quick else 16, config.size)[0][:, :1]
 
     def made(self, method, config, facts, n, size):
         torch.manual_seed(0)
@@ -253,6 +263,23 @@ def stops(s, stop):
     return K * calls, K * votes.shape[1], {"same_label": same}
 
 
+def removal(s):
+    """A finding removed, from image to image: with our control, whose latents the guided ones are compared to; theirs has none. The judge's Diff of both
+    is the mean over the findings, from the record of `python -m tests.claims --counterfactuals`."""
+    config, nets, x = s.mediffusion
+    T, label, names = 5 if s.quick else mediffusion.Config.remove_start, torch.zeros(len(x), dtype=torch.long, device=s.device), [str(i) for i in range(len(x))]
+    noise = torch.randn(T + 1, len(x), *nets.shape, device=s.device)
+    with torch.no_grad():
+        times = s.both(lambda: mediffusion.counterfactual(nets, config, x, label, False, names),
+                       lambda: authors.remove(nets, x, noise, 0, mediffusion.Config.remove_scale), 1 if s.quick else 2)
+    if not JUDGED.exists():
+        return times
+    arms = json.loads(JUDGED.read_text())["arms"]
+    diff = [np.mean([row["judge"]["diff"] for what, row in arms[arm]["rows"].items() if what.startswith("remove") and "judge" in row])
+            for arm in ("plus", "the paper's")]
+    return *times, {"judge_diff": dict(zip(("ours", "theirs"), map(float, diff)))}
+
+
 class NoFile(Codec):
     """An autoencoder of the paper's size with random weights, in place of one from a file."""
 
@@ -309,6 +336,7 @@ ROWS = {                                                                # name: 
     "late class": (late_class, "diffusion classifier: multiply-adds of a noise level as two classes, `--late-class`, 256 px", None, "G"),
     "stop 1e-3": (lambda s: stops(s, "1e-3"), "diffusion classifier: network calls an image, `--stop 1e-3`", 4, "calls"),
     "stop exact": (lambda s: stops(s, "exact"), "diffusion classifier: network calls an image, `--stop exact`", None, "calls"),
+    "removal": (removal, "Mediffusion: a finding removed from 16 toy chests, 300 steps of the authors'", 3, "s"),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),
     "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4, "s"),
 }
@@ -456,8 +484,9 @@ def table(record):
     lines = [f"| {record['machine']}, {record['dtype']} | ours | the authors' arrangement | ratio | aim |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
         _, what, aim, unit = ROWS[name]
-        same = f", {100 * row['same_label']:.2f} % the same label" if "same_label" in row else ""
-        lines.append(f"| {what}{same} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
+        more = f", {100 * row['same_label']:.2f} % the same label" if "same_label" in row else ""
+        more += "; the judge's answer {ours:+.2f} and {theirs:+.2f}".format(**row["judge_diff"]) if "judge_diff" in row else ""
+        lines.append(f"| {what}{more} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
                      + (f"{aim:.1f} |" if aim else "|"))
     return "\n".join(lines)
 

@@ -9,7 +9,9 @@ from torch import nn
 
 import diffclassifier
 import diffmic
+import mediffusion
 import symmflow
+from common import run
 from common.autoencoder import AutoencoderKL
 from common.schedules import respaced_timesteps
 from common.unet import UNet
@@ -372,3 +374,23 @@ def test_the_authors_loop_over_steps_and_classes_has_the_errors_of_our_batches()
     nets.denoiser.register_forward_hook(lambda module, args, out: calls.update([len(out)]))
     theirs = authors.reconstruction_errors(nets, config, x, t, eps)
     assert close(ours, theirs) and calls == {1: 21} and ours.std(1).min() > 0
+
+
+# ---------------------------------------------------------------------------------------------- Mediffusion
+def test_a_finding_is_removed_alike_with_the_same_noise(monkeypatch):
+    config = mediffusion.configure(data="toy_xray", recipe="paper", size=16, ae_width=8, ae_mult="1,2", ae_latent=2, channels=8, mult="1,2", attention="1,2",
+                                   head_channels=8, hidden=16, baseline=False, remove_start=12, remove_scale=40.)
+    torch.manual_seed(0)
+    nets = mediffusion.build(config, dict(channels=1, classes=list("abc"), multilabel=True)).eval()
+    for p in nets.unet.parameters():
+        p.data += .1 * torch.randn_like(p)                              # what is zero at first is not
+    x, noise = colour(3, 16, 1), torch.randn(13, 3, *nets.shape)
+
+    def drawn(seed, names, shape, device):
+        when = names[0].split()
+        return noise[12 if when[-1] == "start" else 11 - int(when[-1])]  # ours counts steps, theirs levels
+    monkeypatch.setattr(run, "image_noise", drawn)
+    led, control = mediffusion.counterfactual(nets, config, x, torch.full((3,), 1), False, list("abc"))
+    with torch.no_grad():
+        assert close(authors.remove(nets, x, noise, 1, 40.), led, 1e-4) and close(authors.remove(nets, x, noise, 1, 0.), control, 1e-4)
+    assert (led - control).abs().max() > .01

@@ -27,7 +27,7 @@ def test_a_row_runs_both_sides_and_prints_their_ratio(row, results, capsys):
     record = bench.main(["--quick", "--only", row])
     assert list(record["rows"]) == [row]
     times = record["rows"][row]
-    assert set(times) - {"same_label"} == {"ours", "theirs", "commit"} and all(0 < times[side] < 1e4 for side in ("ours", "theirs"))
+    assert set(times) - {"same_label", "judge_diff"} == {"ours", "theirs", "commit"} and all(0 < times[side] < 1e4 for side in ("ours", "theirs"))
     line = capsys.readouterr().out
     assert row in line and f"ratio {times['theirs'] / times['ours']:6.2f}" in line
     assert not list(results.iterdir()), "only --write writes"
@@ -87,6 +87,8 @@ def test_the_table_has_a_line_for_each_row_of_a_record_with_its_ratio_and_aim():
     assert cells[1:5] == [bench.ROWS["prediction"][1], "0.25 s", "5 s", "20.0"] and float(cells[5]) == bench.ROWS["prediction"][2]
     votes = bench.table(record | {"rows": {"stop exact": {"ours": 2., "theirs": 5., "same_label": .9975}}}).splitlines()[-1]
     assert bench.ROWS["stop exact"][1] + ", 99.75 % the same label |" in votes
+    removal = bench.table(record | {"rows": {"removal": {"ours": 2., "theirs": 5., "judge_diff": {"ours": -.38, "theirs": -.417}}}}).splitlines()[-1]
+    assert bench.ROWS["removal"][1] + "; the judge's answer -0.38 and -0.42 |" in removal
     assert regions.split("|")[1].strip() == bench.ROWS["regions"][1] and regions.split("|")[4].strip() == "10.0"
 
 

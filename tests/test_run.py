@@ -462,7 +462,7 @@ def test_the_moving_average_is_the_formulas():
     net, ema = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     net[1].running_mean.fill_(5.)
     net[1].num_batches_tracked.fill_(7)
-    for step, decay, d in ((0, .99, .1), (8, .99, .5), (10 ** 6, .99, .99), (0, 0., 0.)):
+    for step, decay, d in ((0, .99, .1), (1, .9999, 2 / 11), (8, .99, .5), (10 ** 6, .99, .99), (0, 0., 0.)):
         before = {k: v.clone() for k, v in ema.state_dict().items()}
         run.update_ema(ema, net, decay, step)
         for k, now in net.state_dict().items():

@@ -172,8 +172,22 @@ def test_the_boxes_are_inside_the_picture_and_the_finding_is_brighter_than_the_l
     mean = (split.images * inside).sum((2, 3)) / inside.sum((2, 3))
     shadow = [mean[split.labels[:, 2] == y, 2].mean() for y in (0, 1)]
     assert shadow[1] - shadow[0] > 20 and (mean[:, 1] > mean[:, 2])[split.labels[:, 1] == 1].mean() > .9
-    width = split.boxes[:, 0, 2] - split.boxes[:, 0, 0]
-    assert width[split.labels[:, 0] == 1].mean() > 1.3 * width[split.labels[:, 0] == 0].mean()
+    size = (split.boxes[..., 2:] - split.boxes[..., :2]).prod(-1)
+    for k in range(3):                                                              # of an absent finding: where it would be
+        assert size[split.labels[:, k] == 0, k].mean() == pytest.approx(size[split.labels[:, k] == 1, k].mean(), rel=.15)
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_the_box_of_an_absent_finding_is_where_the_picture_would_change_if_it_came(k):
+    build, rng, shares = [.3, .2, .5, .5], np.random.default_rng(0), []
+    for i, z in enumerate(rng.normal(-toy.DISTANCE / 2, 1, (40, 3))):
+        more = z + toy.DISTANCE * (np.arange(3) == k)
+        without, boxes = toy.draw_xray(z, build, np.random.default_rng(i), 32, more)
+        with_it, same = toy.draw_xray(more, build, np.random.default_rng(i), 32)
+        change = np.abs(with_it[0].astype(int) - without[0])
+        assert (boxes[k] == same[k]).all()
+        shares.append((change * metrics.box_mask(boxes[k], change.shape)).sum() / max(change.sum(), 1))
+    assert np.mean(shares) > .85
 
 
 def test_too_small_a_chest_is_refused():
