@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import aptos2019, cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, pmg2000, splits, toy
+from . import aptos2019, cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, pmg2000, report, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .shortcut import columns, shortcut, telling

@@ -108,7 +108,8 @@ def load(name, root=None, size=32, seed=0, split="official", limit=0, test_only=
         if not len(here) or part == "train" and not multilabel and len(np.unique(labels[here])) < 2:
             raise DataError(f"{path}: {part} is of one class, or all of it in another part too; is the file as MedMNIST made it?")
         piece = slice(here[0], here[-1] + 1) if here[-1] - here[0] + 1 == len(here) else here     # a view, if nothing was dropped
-        found[part] = Split(images[piece], labels[here], [ids[i] for i in here])
+        as_saved = {key: np.full(len(here), float(side)) for key in ("width", "height")}
+        found[part] = Split(images[piece], labels[here], [ids[i] for i in here], source=as_saved)
     return DataSet(found.get("train"), found.get("val"), found["test"], classes, multilabel, channels, notes, name)
 
 

@@ -442,11 +442,75 @@ def test_channels_may_be_given(tmp_path):
 
 def test_the_command_line_counts_what_is_there(tmp_path, capsys):
     root = make_folder(tmp_path / "set")
-    assert main(["folder", "--root", str(root), "--size", "8"]) == 0
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(tmp_path / "sheet.png")]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:5]] == [["class", "train", "val", "test"], ["a", "6", "1", "3"],
                                                                 ["b", "6", "1", "3"], ["all", "12", "2", "6"]]
     assert main(["folder", "--root", str(tmp_path / "none")]) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def cells(out, name):
+    return next(line.split()[1:] for line in out.splitlines() if line.split()[:1] == [name])
+
+
+def test_the_command_line_tells_groups_sizes_repeats_and_blanks(tmp_path, capsys):
+    root, sheet = tmp_path / "set", tmp_path / "sheet.png"
+    for part, n in (("train", 6), ("val", 2), ("test", 3)):
+        make_folder(root / part, n)
+    make_images(root / "train" / "c", 2, size=20)
+    for part in ("val", "test"):
+        make_images(root / part / "c", 1)
+    train = root / "train"
+    (train / "a" / "again.png").write_bytes((train / "a" / "000.png").read_bytes())
+    (train / "b" / "again.png").write_bytes((train / "a" / "001.png").read_bytes())            # with another label
+    (train / "b" / "gone.png").write_bytes((root / "test" / "a" / "000.png").read_bytes())
+    Image.new("RGB", (12, 12), "red").save(train / "b" / "blank.png")
+    (root / "groups.csv").write_text("file,group\n" + "".join(f"{p}/{c}/00{i}.png,{c}{i // 2}\n" for p in ("train", "test") for c in "ab" for i in range(2)))
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(sheet)]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "class") == ["train", "val", "test"] and cells(out, "all") == ["17", "5", "7"] and cells(out, "repeats") == ["2", "0", "0"]
+    assert "12 x 12 to 20 x 20, 2 sizes; most often 12 x 12 (27 images)" in out and "1 images are blank" in out
+    assert "(0 of one in another split); 1 of them have another label" in out and "1 train images dropped" in out
+    assert cells(out, "groups") == ["15", "unknown", "5"] and "groups are patients or lesions: 2 of them on two sides" in out and "LEAK: 4 test images" in out
+    assert main(["folder", "--root", str(root), "--size", "8", "--split", "group", "--output", str(sheet)]) == 0
+    assert "groups are patients or lesions: 0 of them on two sides" in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_training_images_of_each_class(tmp_path, capsys):
+    root, sheet = tmp_path / "set", tmp_path / "sheet.png"
+    for name, colour in (("a", (255, 0, 0)), ("\u6bd2 b", (0, 255, 0))):         # a name that the font has not
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (9, 9), colour).save(root / name / f"{'long-' * 20}{i}.png")
+            Image.new("RGB", (9, 9), (*colour[:2], i + 1)).save(root / name / f"{'long-' * 20}{i}.png")
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(sheet)]) == 0 and f"contact sheet: {sheet}" in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.size == (150 + 8 * 118 + 6, 6 + 2 * 132)
+        pixels = np.asarray(image.convert("RGB"))
+    for row, channel in ((0, 0), (1, 1)):
+        for k in range(8):
+            tile = pixels[6 + 132 * row:][:112, 150 + 118 * k:][:, :112]
+            assert (tile[..., channel] == 255).all() and (tile[..., 1 - channel] == 0).all()
+        assert (pixels[6 + 132 * row:][:112, :150] < 128).any()                 # its name
+    assert not any((root / name).name == "sheet.png" for name in root.iterdir())
+
+
+def test_a_sheet_that_cannot_be_written_and_data_that_cannot_be_loaded_are_one_line(tmp_path, capsys):
+    root = make_folder(tmp_path / "set")
+    for words in (["--root", str(root), "--output", str(tmp_path / "none" / "sheet.png")], ["--root", str(tmp_path / "none")], ["--root", str(root), "--size", "1"]):
+        assert main(["folder", "--size", "8", *words]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and told.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_sheet_of_a_multilabel_set_has_a_row_without_a_finding(tmp_path):
+    found = data.load("toy_xray", limit=40)
+    data.report.contact_sheet(found, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size[1] == 6 + 132 * (len(found.classes) + 1)
+    within, between, other_label = data.report.repeats(found)
+    assert within == dict(train=0, val=0, test=0) and between == other_label == 0 and data.report.sizes(found) == "32 x 32 (all)"
 
 
 # ------------------------------------------------------------------------------------------------ as a method asks
