@@ -231,6 +231,7 @@ def test_the_second_load_comes_from_the_cache_and_a_changed_file_does_not(tmp_pa
 
 def test_no_array_is_ever_whole_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(medmnist, "BLOCK", 2**18)
+    monkeypatch.setattr(medmnist.cache, "ROWS", 16)
     content = write(tmp_path / "bloodmnist_64.npz", **arrays(side=64, sizes=dict(train=800, val=20, test=20)))
     tracemalloc.start()
     try:
