@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, splits, toy
+from . import aptos2019, cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, pmg2000, report, splits, toy
 from .batches import Batches
 from .images import FITS, read_images, too_many_bad
 from .shortcut import columns, shortcut, telling
@@ -13,7 +13,7 @@ from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "labelled", "shortcut"]
 LOADERS = {"ham10000": ham10000.table, "isic2019": isic2019.table, "isic2020": isic2020.table, "chexpert": chexpert.table,
-           "chestxray14": chestxray14.table, "folder": folder.table}
+           "chestxray14": chestxray14.table, "aptos2019": aptos2019.table, "pmg2000": pmg2000.table, "folder": folder.table}
 NAMES = (*toy.NAMES, *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
 

@@ -10,15 +10,14 @@ import errno
 import hashlib
 import math
 import os
-import sys
 import zipfile
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from . import cache, splits
 from .types import DataError, DataSet, Split
@@ -89,7 +88,7 @@ def load(name, root=None, size=32, seed=0, split="official", limit=0, test_only=
         rows = {part: _draw(labels[part], limit, [seed, splits.SPLITS.index(part)]) for part in arrays}
         ids = [f"{part}-{row:05d}" for part in rows for row in rows[part]]
         images, hashes, *_, troubles = cache.remember(name, (len(ids), channels, size, size), [path], ids,
-                                                     lambda keep: _decode(archive, arrays, rows, size, channels, keep))
+                                                     lambda *of: _decode(archive, arrays, rows, size, channels, *of), in_order=True)
     if side != size:
         notes.append("28 px padded to 32: two pixels more on each side, of the border's values" if (side, size) == (28, 32) else
                      f"resized from {side} to {size} px (bilinear, antialiased)")
@@ -108,7 +107,8 @@ def load(name, root=None, size=32, seed=0, split="official", limit=0, test_only=
         if not len(here) or part == "train" and not multilabel and len(np.unique(labels[here])) < 2:
             raise DataError(f"{path}: {part} is of one class, or all of it in another part too; is the file as MedMNIST made it?")
         piece = slice(here[0], here[-1] + 1) if here[-1] - here[0] + 1 == len(here) else here     # a view, if nothing was dropped
-        found[part] = Split(images[piece], labels[here], [ids[i] for i in here])
+        as_saved = {key: np.full(len(here), float(side)) for key in ("width", "height")}
+        found[part] = Split(images[piece], labels[here], [ids[i] for i in here], source=as_saved)
     return DataSet(found.get("train"), found.get("val"), found["test"], classes, multilabel, channels, notes, name)
 
 
@@ -247,21 +247,27 @@ def _rows(archive, array):
             left -= n
 
 
-def _decode(archive, arrays, rows, size, channels, keep):
-    """Calls keep(number, uint8 (C, size, size)) for the wanted rows of each part; returns of each picture as it was a hash, {}, and its size."""
-    hashes = []
-    with tqdm(total=sum(map(len, rows.values())), desc="decoding", file=sys.stderr, mininterval=1, delay=1, unit="image") as bar:
+def _decode(archive, arrays, rows, size, channels, blocks, tick):
+    """As `fill` of `cache.remember`, whose rows are the wanted rows of the parts, one part after another: blocks must rise."""
+    def pictures():
         for part, array in arrays.items():
             first = 0
             for block in _rows(archive, array):
                 low, high = np.searchsorted(rows[part], (first, first + len(block)))
-                for row in rows[part][low:high]:
-                    pixels = block[row - first]
-                    keep(len(hashes), fitted(pixels, size, channels))
-                    hashes.append(hashlib.blake2b(pixels, digest_size=16).hexdigest())
-                bar.update(high - low)
+                yield from (block[row - first] for row in rows[part][low:high])
                 first += len(block)
-    return hashes, {}, [array.shape[2:0:-1] for part, array in arrays.items() for _ in rows[part]]
+    every, at = pictures(), 0
+    for start, stop in blocks:
+        pixels, hashes, sizes = np.empty((stop - start, channels, size, size), np.uint8), [], []
+        for number, picture in enumerate(islice(every, start - at, stop - at)):
+            pixels[number] = fitted(picture, size, channels)
+            hashes.append(hashlib.blake2b(picture, digest_size=16).hexdigest())
+            sizes.append(picture.shape[1::-1])
+            tick()
+        at = stop
+        yield start, pixels, hashes, {}, sizes
+    for _ in every:                                     # to the end, where zipfile compares the CRC
+        pass
 
 
 def fitted(pixels, size, channels):

@@ -180,7 +180,7 @@ def test_batches_have_labels_of_floats_and_can_be_balanced(root):
 
 def test_the_command_line_counts_findings(root, capsys):
     found = load(nih(root))
-    assert main(["chestxray14", "--root", str(root), "--size", "16"]) == 0
+    assert main(["chestxray14", "--root", str(root), "--size", "16", "--output", str(root / "sheet.png")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["Hernia", *(str(int(s.labels[:, 13].sum())) for s in (found.train, found.val, found.test))] in lines
     assert ["no", "finding", *(str((~s.labels.any(1)).sum()) for s in (found.train, found.val, found.test))] in lines

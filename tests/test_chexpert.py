@@ -318,7 +318,7 @@ def test_missing_images_are_counted_and_named(root):
 
 
 def test_the_command_prints_the_counts(root, capsys):
-    assert main(["chexpert", "--root", str(training(root)), "--size", "8"]) == 0
+    assert main(["chexpert", "--root", str(training(root)), "--size", "8", "--output", str(root / "sheet.png")]) == 0
     out = capsys.readouterr().out
     assert re.search(r"chexpert: 1 channels, 8 pixels", out) and re.search(r"Pleural Effusion +12 +2 +6\n", out)
     assert main(["chexpert", "--root", str(root / "none")]) == 2 and "error: " in capsys.readouterr().err

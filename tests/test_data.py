@@ -2,7 +2,10 @@
 import dataclasses
 import hashlib
 import os
+import shutil
+import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,17 +112,165 @@ def test_a_full_disk_is_no_end_and_leaves_no_litter(tmp_path, cache_folder, monk
     assert list(cache_folder.iterdir()) == []
 
 
-def test_ctrl_c_stops_soon_and_leaves_no_litter(tmp_path, cache_folder, monkeypatch, decoded):
-    paths = make_images(tmp_path / "x", 200)
+@pytest.mark.parametrize("when", [0, 7, 10, 45, 99])
+def test_after_ctrl_c_the_next_load_goes_on(tmp_path, cache_folder, monkeypatch, when):
+    monkeypatch.setattr(cache, "ROWS", 10)
+    paths, seen, real = make_images(tmp_path / "x", 100), [], images.decode
 
-    def interrupted(pixels, crc):
-        if crc:                                                                 # at the second image
+    def decode(path, *rest):
+        seen.append(path)
+        if len(seen) == when + 1:
             raise KeyboardInterrupt
-        return 1
-    monkeypatch.setattr(cache.zlib, "crc32", interrupted)
+        return real(path, *rest)
+    monkeypatch.setattr(images, "decode", decode)
     with pytest.raises(KeyboardInterrupt):
+        cache.load(paths, 8, 3, "crop", workers=1)
+    (parts,) = cache_folder.iterdir()
+    kept = len(list(parts.glob("*.json")))
+    assert len(seen) <= when + 20 and max(0, when // 10 - 2) <= kept <= when // 10
+    seen[:] = [None] * 1000                                                     # no interruption any more
+    array, hashes, bad, sizes, notes = cache.load(paths, 8, 3, "crop")
+    assert len(seen) == 1000 + 100 - 10 * kept and len(set(seen[1000:])) == 100 - 10 * kept and not bad and not notes
+    assert all(np.array_equal(image, real(path, 8, 3, "crop")[0]) for image, path in zip(array, paths))
+    assert len(set(hashes)) == len(sizes) == 100 and {p.suffix for p in cache_folder.iterdir()} == {".npy", ".json"}
+    assert cache.load(paths, 8, 3, "crop")[1:] == (hashes, bad, sizes, []) and len(seen) == 1100 - 10 * kept
+
+
+def part(cache_folder):
+    (parts,) = cache_folder.glob("*.parts")
+    return next(parts.glob("[0-9]*.json"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: part(folder).write_text("{"), lambda folder: part(folder).write_text("[1, 2, 3, 4]"), lambda folder: part(folder).write_bytes(b"\xff"),
+    lambda folder: part(folder).write_text('{"crc": 1}'), lambda folder: part(folder).unlink(), lambda folder: flip(part(folder))])
+def test_a_damaged_block_of_an_interrupted_build_is_decoded_again(tmp_path, cache_folder, monkeypatch, decoded, damage):
+    interrupted(tmp_path, cache_folder, monkeypatch)
+    kept = len(list(cache_folder.glob("*.parts/*.json")))
+    damage(cache_folder)
+    decoded.clear()
+    array, *_ = cache.load(sorted((tmp_path / "x").iterdir()), 8, 3, "crop")
+    assert len(decoded) == 100 - 10 * (kept - 1)
+    assert all(np.array_equal(image, images.read_image(path, 8, 3)) for image, path in zip(array, sorted((tmp_path / "x").iterdir())))
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:2000]),
+                                    lambda p: p.write_bytes(bytes(p.stat().st_size))])
+def test_a_damaged_array_of_an_interrupted_build_is_filled_again(tmp_path, cache_folder, monkeypatch, damage):
+    interrupted(tmp_path, cache_folder, monkeypatch)
+    damage(next(cache_folder.glob("*.parts/array.npy")))
+    array, *_ = cache.load(sorted((tmp_path / "x").iterdir()), 8, 3, "crop")
+    assert all(np.array_equal(image, images.read_image(path, 8, 3)) for image, path in zip(array, sorted((tmp_path / "x").iterdir())))
+
+
+def interrupted(tmp_path, cache_folder, monkeypatch):
+    """A build of 100 images that was stopped when about half were done."""
+    monkeypatch.setattr(cache, "ROWS", 10)
+    paths = make_images(tmp_path / "x", 100)
+    with monkeypatch.context() as m:
+        written, real = [], cache.os.fsync
+
+        def fsync(handle):
+            written.append(1)
+            if len(written) > 10:                                               # twice a block: its pixels, its facts
+                raise KeyboardInterrupt
+            real(handle)
+        m.setattr(cache.os, "fsync", fsync)
+        with pytest.raises(KeyboardInterrupt):
+            cache.load(paths, 8, 3, "crop")
+
+
+def slow_child(paths, out):
+    """A process that loads, 2 ms an image, and writes how many images it decoded and the checksum of what it got."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        seen, real = [], images.decode
+        images.decode = lambda path, *rest: seen.append(time.sleep(.002)) or real(path, *rest)
+        array, *_ = cache.load(paths, 8, 3, "crop", workers=1)
+        out.write_text(f"{len(seen)} {zlib.crc32(np.ascontiguousarray(array))}")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_after_a_kill_the_next_load_goes_on(tmp_path, cache_folder, monkeypatch, decoded):
+    monkeypatch.setattr(cache, "ROWS", 10)
+    paths = make_images(tmp_path / "x", 300)
+    child = slow_child(paths, tmp_path / "out")
+    while len(list(cache_folder.glob("*.parts/*.json"))) < 3:
+        time.sleep(.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kept = len(list(cache_folder.glob("*.parts/*.json")))
+    decoded.clear()
+    array, *_ = cache.load(paths, 8, 3, "crop")
+    assert len(decoded) == 300 - 10 * kept <= 270 and not (tmp_path / "out").exists()
+    assert all(np.array_equal(image, images.read_image(path, 8, 3)) for image, path in zip(array, paths))
+
+
+def test_processes_build_one_cache_together(tmp_path, cache_folder, monkeypatch):
+    monkeypatch.setattr(cache, "ROWS", 10)
+    paths = make_images(tmp_path / "x", 300)
+    outs = [tmp_path / f"out{i}" for i in range(3)]
+    children = [slow_child(paths, out) for out in outs]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    counts, sums = zip(*(out.read_text().split() for out in outs))
+    array, *_ = cache.load(paths, 8, 3, "crop")
+    assert set(sums) == {str(zlib.crc32(np.ascontiguousarray(array)))} and 300 <= sum(map(int, counts)) < 900
+    assert all(np.array_equal(image, images.read_image(path, 8, 3)) for image, path in zip(array, paths))
+    assert {p.suffix for p in cache_folder.iterdir()} == {".npy", ".json"}
+
+
+def test_a_cache_that_another_process_has_finished_meanwhile_is_taken(tmp_path, cache_folder, monkeypatch, decoded):
+    monkeypatch.setattr(cache, "ROWS", 10)
+    paths = make_images(tmp_path / "x", 100)
+    real = cache._decode_all
+
+    def slower(*of):
+        for number, block in enumerate(real(*of)):
+            if number == 3:
+                monkeypatch.setattr(cache, "_decode_all", real)
+                cache.load(paths, 8, 3, "crop")                                 # the other, who goes on with our blocks
+            yield block
+    monkeypatch.setattr(cache, "_decode_all", slower)
+    array, hashes, bad, pairs, notes = cache.load(paths, 8, 3, "crop")
+    assert not notes and isinstance(array, np.memmap) and len(decoded) <= 130 and len(hashes) == len(pairs) == 100
+    assert all(np.array_equal(image, images.read_image(path, 8, 3)) for image, path in zip(array, paths))
+    assert {p.suffix for p in cache_folder.iterdir()} == {".npy", ".json"}
+
+
+def test_what_a_large_cache_needs_is_said_before_it_is_built(tmp_path, cache_folder, monkeypatch, capsys):
+    paths = make_images(tmp_path / "x", 100)
+    cache.load(paths, 8, 3, "crop")
+    assert "cache:" not in capsys.readouterr().err                              # small ones go without saying
+    monkeypatch.setattr(cache, "TOLD", 19200)
+    monkeypatch.setattr(images, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cache.load(paths, 8, 3, "squash")
+    assert f"cache: 100 images of 8 px take 0.0 GB in {cache_folder} (" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_told_before_the_work_and_memory_takes_over_if_it_can(tmp_path, cache_folder, monkeypatch):
+    paths = make_images(tmp_path / "x", 20)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 100))
+    array, *_, notes = cache.load(paths, 8, 3, "crop")
+    assert np.array_equal(array[19], images.read_image(paths[19], 8, 3)) and "0.0 GB needed, 0.0 GB free" in notes[0]
+    assert list(cache_folder.iterdir()) == []
+    monkeypatch.setattr(cache.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 100}[name])
+    monkeypatch.setattr(images, "decode", lambda *_: 1 / 0)                     # nothing is decoded for nothing
+    with pytest.raises(DataError, match="are too much for the memory.*DIFFUSION_CLASSIFIERS_CACHE, or take a smaller --size"):
         cache.load(paths, 8, 3, "crop")
-    assert list(cache_folder.iterdir()) == [] and len(decoded) < 200
+
+
+def test_a_build_that_nobody_went_on_with_is_swept_after_a_week(tmp_path, cache_folder):
+    for name, days in (("old", 8), ("new", 6)):
+        (cache_folder / f"{name}.parts").mkdir(parents=True)
+        (cache_folder / f"{name}.parts" / "array.npy").write_text("")
+        os.utime(cache_folder / f"{name}.parts", (time.time() - days * 86400,) * 2)
+    cache.load(make_images(tmp_path / "x", 2), 8, 3, "crop")
+    assert [p.name for p in cache_folder.glob("*.parts")] == ["new.parts"]
 
 
 def test_leftovers_of_a_killed_run_are_swept_after_a_day(tmp_path, cache_folder):
@@ -442,11 +593,75 @@ def test_channels_may_be_given(tmp_path):
 
 def test_the_command_line_counts_what_is_there(tmp_path, capsys):
     root = make_folder(tmp_path / "set")
-    assert main(["folder", "--root", str(root), "--size", "8"]) == 0
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(tmp_path / "sheet.png")]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()[1:5]] == [["class", "train", "val", "test"], ["a", "6", "1", "3"],
                                                                 ["b", "6", "1", "3"], ["all", "12", "2", "6"]]
     assert main(["folder", "--root", str(tmp_path / "none")]) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def cells(out, name):
+    return next(line.split()[1:] for line in out.splitlines() if line.split()[:1] == [name])
+
+
+def test_the_command_line_tells_groups_sizes_repeats_and_blanks(tmp_path, capsys):
+    root, sheet = tmp_path / "set", tmp_path / "sheet.png"
+    for part, n in (("train", 6), ("val", 2), ("test", 3)):
+        make_folder(root / part, n)
+    make_images(root / "train" / "c", 2, size=20)
+    for part in ("val", "test"):
+        make_images(root / part / "c", 1)
+    train = root / "train"
+    (train / "a" / "again.png").write_bytes((train / "a" / "000.png").read_bytes())
+    (train / "b" / "again.png").write_bytes((train / "a" / "001.png").read_bytes())            # with another label
+    (train / "b" / "gone.png").write_bytes((root / "test" / "a" / "000.png").read_bytes())
+    Image.new("RGB", (12, 12), "red").save(train / "b" / "blank.png")
+    (root / "groups.csv").write_text("file,group\n" + "".join(f"{p}/{c}/00{i}.png,{c}{i // 2}\n" for p in ("train", "test") for c in "ab" for i in range(2)))
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(sheet)]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "class") == ["train", "val", "test"] and cells(out, "all") == ["17", "5", "7"] and cells(out, "repeats") == ["2", "0", "0"]
+    assert "12 x 12 to 20 x 20, 2 sizes; most often 12 x 12 (27 images)" in out and "1 images are blank" in out
+    assert "(0 of one in another split); 1 of them have another label" in out and "1 train images dropped" in out
+    assert cells(out, "groups") == ["15", "unknown", "5"] and "groups are patients or lesions: 2 of them on two sides" in out and "LEAK: 4 test images" in out
+    assert main(["folder", "--root", str(root), "--size", "8", "--split", "group", "--output", str(sheet)]) == 0
+    assert "groups are patients or lesions: 0 of them on two sides" in capsys.readouterr().out
+
+
+def test_the_contact_sheet_shows_training_images_of_each_class(tmp_path, capsys):
+    root, sheet = tmp_path / "set", tmp_path / "sheet.png"
+    for name, colour in (("a", (255, 0, 0)), ("\u6bd2 b", (0, 255, 0))):         # a name that the font has not
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (9, 9), colour).save(root / name / f"{'long-' * 20}{i}.png")
+            Image.new("RGB", (9, 9), (*colour[:2], i + 1)).save(root / name / f"{'long-' * 20}{i}.png")
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(sheet)]) == 0 and f"contact sheet: {sheet}" in capsys.readouterr().out
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.size == (150 + 8 * 118 + 6, 6 + 2 * 132)
+        pixels = np.asarray(image.convert("RGB"))
+    for row, channel in ((0, 0), (1, 1)):
+        for k in range(8):
+            tile = pixels[6 + 132 * row:][:112, 150 + 118 * k:][:, :112]
+            assert (tile[..., channel] == 255).all() and (tile[..., 1 - channel] == 0).all()
+        assert (pixels[6 + 132 * row:][:112, :150] < 128).any()                 # its name
+    assert not any((root / name).name == "sheet.png" for name in root.iterdir())
+
+
+def test_a_sheet_that_cannot_be_written_and_data_that_cannot_be_loaded_are_one_line(tmp_path, capsys):
+    root = make_folder(tmp_path / "set")
+    for words in (["--root", str(root), "--output", str(tmp_path / "none" / "sheet.png")], ["--root", str(tmp_path / "none")], ["--root", str(root), "--size", "1"]):
+        assert main(["folder", "--size", "8", *words]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and told.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_sheet_of_a_multilabel_set_has_a_row_without_a_finding(tmp_path):
+    found = data.load("toy_xray", limit=40)
+    data.report.contact_sheet(found, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size[1] == 6 + 132 * (len(found.classes) + 1)
+    within, between, other_label = data.report.repeats(found)
+    assert within == dict(train=0, val=0, test=0) and between == other_label == 0 and data.report.sizes(found) == "32 x 32 (all)"
 
 
 # ------------------------------------------------------------------------------------------------ as a method asks

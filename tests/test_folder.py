@@ -239,3 +239,15 @@ def test_a_wrong_table_of_findings_is_one_line(root, header, change, words):
 def test_images_beside_the_table_of_findings_are_counted(root):
     findings(root, change=lambda s: s.replace("pictures/00.png,1,1.0\n", ""))
     assert noted(data.load("folder", root, size=8), "1 images are not in findings.csv")
+
+
+# ------------------------------------------------------------------------------------------------ PMG2000
+def test_pmg2000_is_a_folder_of_the_users_own_and_says_that_the_set_is_not_public(root):
+    fill(root, **{f"grade_{k}": 10 for k in range(4)})
+    found, plain = data.load("pmg2000", root, size=8), data.load("folder", root, size=8)
+    assert found.test.ids == plain.test.ids and found.classes == plain.classes and "not public" in found.notes[0] and found.name == "pmg2000"
+    fill(root, grade_9=10)
+    assert noted(data.load("pmg2000", root, size=8), "5 classes here")
+    for place in (root / "none", None):
+        with pytest.raises(DataError, match="no such folder; PMG2000 is not public and cannot be downloaded"):
+            data.load("pmg2000", place, size=8)

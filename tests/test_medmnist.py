@@ -231,6 +231,7 @@ def test_the_second_load_comes_from_the_cache_and_a_changed_file_does_not(tmp_pa
 
 def test_no_array_is_ever_whole_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(medmnist, "BLOCK", 2**18)
+    monkeypatch.setattr(medmnist.cache, "ROWS", 16)
     content = write(tmp_path / "bloodmnist_64.npz", **arrays(side=64, sizes=dict(train=800, val=20, test=20)))
     tracemalloc.start()
     try:
@@ -412,16 +413,16 @@ def test_a_cache_that_cannot_be_written_is_no_end(tmp_path, monkeypatch):
 def test_the_command_line_counts_classes_and_findings(tmp_path, capsys):
     write(tmp_path / "bloodmnist.npz")
     content = write(tmp_path / "chestmnist.npz", "chestmnist")
-    assert main(["bloodmnist", "--root", str(tmp_path)]) == 0
+    assert main(["bloodmnist", "--root", str(tmp_path), "--output", str(tmp_path / "sheet.png")]) == 0
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["immature granulocyte", "2", "1", "1"] in lines and ["all", "12", "5", "7"] in lines
-    assert main(["chestmnist", "--root", str(tmp_path)]) == 0
+    assert main(["chestmnist", "--root", str(tmp_path), "--output", str(tmp_path / "sheet.png")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["Hernia", *(str(content[f"{part}_labels"][:, 13].sum()) for part in SIZES)] in lines
 
 
 @needs(RETINA)
-def test_the_real_retinamnist_is_the_official_one(capsys):
+def test_the_real_retinamnist_is_the_official_one(tmp_path, capsys):
     found = data.load("retinamnist", REAL)
     counts = [list(np.bincount(split.labels)) for split in parts(found).values()]
     assert counts == [[486, 128, 206, 194, 66], [54, 12, 28, 20, 6], [174, 46, 92, 68, 20]]
@@ -429,7 +430,7 @@ def test_the_real_retinamnist_is_the_official_one(capsys):
     assert noted(found, "the official bytes (md5 bd4c0672f1bba3e3a89f0e4e876791e4)") and not noted(found, "dropped")
     with np.load(RETINA, allow_pickle=False) as archive:
         assert np.array_equal(found.val.images[:, :, 2:-2, 2:-2], archive["val_images"].transpose(0, 3, 1, 2))
-    assert main(["retinamnist", "--root", str(REAL)]) == 0
+    assert main(["retinamnist", "--root", str(REAL), "--output", str(tmp_path / "sheet.png")]) == 0
     assert ["all", "1,080", "120", "400"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 

@@ -402,13 +402,13 @@ def test_toy_and_medmnist_have_no_columns_and_no_rule():
 # ------------------------------------------------------------------------------------------------ what a user sees
 def test_the_command_line_names_the_columns_that_tell_most(root, capsys):
     folders(root, 40, names="ward{0:02d}/{0:03d}.png")
-    assert main(["folder", "--root", str(root), "--size", "8"]) == 0
+    assert main(["folder", "--root", str(root), "--size", "8", "--output", str(root.parent / "sheet.png")]) == 0
     lines = capsys.readouterr().out.split("without the pixels: accuracy on validation")[1].splitlines()[1:]
     rows = [re.fullmatch(r" *(.+?) +(-?[\d.]+) +(-?[\d.]+)%", line).groups() for line in lines]
     assert rows[0] == ("majority class", "0.500", "0.0") and rows[1][:2] == ("all columns", "1.000") and len(rows) <= 7
     assert [row[0] for row in rows[2:5]] == ["width", "height", "aspect"] and all(row[1] == "1.000" and float(row[2]) > 80 for row in rows[2:5])
     assert [float(row[1]) for row in rows[2:]] == sorted((float(row[1]) for row in rows[2:]), reverse=True)
-    assert main(["toy", "--size", "28", "--limit", "10"]) == 0 and "without the pixels" not in capsys.readouterr().out
+    assert main(["toy", "--size", "28", "--limit", "10", "--output", str(root.parent / "sheet.png")]) == 0 and "without the pixels" not in capsys.readouterr().out
 
 
 def test_of_many_columns_the_five_best_are_named_and_a_misleading_one_is_below_zero():
