@@ -1,5 +1,6 @@
 """Data sets as arrays: `load(name, root)` decodes once and splits by patient, `Batches` turns a split into float batches."""
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "labelled", "shortcut"]
 LOADERS = {"ham10000": ham10000.table, "isic2019": isic2019.table, "isic2020": isic2020.table, "chexpert": chexpert.table,
-           "chestxray14": chestxray14.table, "aptos2019": aptos2019.table, "pmg2000": pmg2000.table, "folder": folder.table}
+           "chestxray14": chestxray14.table, "aptos2019": aptos2019.table, "pmg2000": pmg2000.table, "folder": folder.table,
+           **{name: functools.partial(chexpert.table, reading=reading) for name, reading in chexpert.READINGS.items()}}
 NAMES = (*toy.NAMES, *LOADERS, *medmnist.CLASSES)
 SPLIT_RULES = ("official", "group", "paper")
 
@@ -50,7 +52,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     if name in toy.NAMES:
         return _toy(name, seed, size, limit, test_only, classes)
 
-    given, root = root, Path(root or Path(__file__).parent / "raw" / name)
+    given, root = root, Path(root or Path(__file__).parent / "raw" / ("chexpert" if name in chexpert.READINGS else name))
     try:
         if name in medmnist.CLASSES:
             return medmnist.load(name, given, size, seed, split, limit, test_only, classes, channels)

@@ -68,7 +68,8 @@ def rarest(labels):
     labels = np.asarray(labels)
     if labels.ndim < 2:
         return labels
-    return np.where(labels.any(1), np.where(labels > 0, labels.sum(0), np.inf).argmin(1), -1)
+    has = labels > 0                                    # -1, not known, is no finding
+    return np.where(has.any(1), np.where(has, has.sum(0), np.inf).argmin(1), -1)
 
 
 def stratified(labels, rng):

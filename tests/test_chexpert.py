@@ -6,12 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 from data import chexpert, splits
 from data.__main__ import main
 from tests.loading import apart, noted, refused, sizes
+from tests.test_data import Settings
 
 HEADER = ("Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,"
           "Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices")
@@ -333,3 +335,94 @@ def test_twenty_thousand_patients_are_split_in_the_papers_sizes(root):
     assert Counter(row.label for row in kept.values()) == {0: 10_202, 1: 10_202} and len(notes) == 2
     sides = splits.group_split([row.label for row in kept.values()], [row.patient for row in kept.values()], test=.1, val=.1)
     assert Counter(sides) == {"train": 16_324, "val": 2_040, "test": 2_040}
+
+
+# ------------------------------------------------------------------------------------------------ multi-label
+def cell(number, k):
+    """Of patient and finding: 1, 0, -1 or blank; of a tenth of the patients everything is certain."""
+    return ("1.0", "", "0.0", "-1.0" if number % 10 else "")[(number * (k + 3) + k) % 4 if k else (0 if number % 3 else 1)]
+
+
+def multilabel(root, numbers=range(1, 121), part="train", table="train.csv", certain=False):
+    """Three views a patient, two of them frontal, with the labels of `cell`."""
+    lines = [HEADER]
+    for number in numbers:
+        cells = [cell(number, k) for k in range(14)]
+        cells = ["0.0" if value == "-1.0" else value for value in cells] if certain else cells
+        for view in ("study1/view1_frontal", "study1/view2_lateral", "study2/view1_frontal"):
+            lines.append(f"{TOP}/{part}/{patient(number)}/{view}.jpg,Female,60,Frontal,AP,{','.join(cells)}")
+            if not view.endswith("lateral"):                                    # laterals need not even be there
+                image(root / part / patient(number) / f"{view}.jpg")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / table).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def truth(name, labels, uncertain):
+    number = int(name[7:12])
+    return [{"1.0": 1, "0.0": 0, "": 0, "-1.0": uncertain}[cell(number, chexpert.FINDINGS.index(label))] for label in labels]
+
+
+@pytest.mark.parametrize("name, uncertain", [("", 0), ("-ones", 1), ("-ignore", -1)])
+@pytest.mark.parametrize("labels", [chexpert.FINDINGS, chexpert.COMPETITION], ids=len)
+def test_uncertain_labels_are_in_train_as_the_name_says_and_nowhere_else(root, labels, name, uncertain):
+    found = data.load(f"chexpert{len(labels)}{name}", multilabel(root), size=8)
+    assert found.multilabel and found.classes == labels and found.channels == 1 and apart(found)
+    for split in (found.train, found.val, found.test):
+        assert split.labels.dtype == np.float32 and split.labels.tolist() == [truth(i, labels, uncertain) for i in split.ids]
+        assert all(i.endswith("_frontal") for i in split.ids)
+    assert {-1, 0, 1} >= set(np.unique(found.train.labels)) and (found.train.labels == -1).any() == (uncertain == -1)
+    assert (found.val.labels >= 0).all() and (found.test.labels >= 0).all()
+    assert noted(found, "360 rows, 240 frontal views") and noted(found, f"are uncertain and taken as {'unknown' if uncertain < 0 else uncertain}, in ")
+    left_out = 240 - sum(sizes(found))
+    assert left_out > 0 and noted(found, f"{left_out} images of validation and test are left out, for one of their labels is uncertain")
+
+
+def test_the_policies_share_their_images_and_their_test_labels(root):
+    multilabel(root)
+    zeros, ones, ignore = (data.load(f"chexpert5{end}", root, size=8) for end in ("", "-ones", "-ignore"))
+    for other in (ones, ignore):
+        assert all(a.ids == b.ids for a, b in ((zeros.train, other.train), (zeros.val, other.val), (zeros.test, other.test)))
+        assert np.array_equal(zeros.test.labels, other.test.labels) and np.array_equal(zeros.val.labels, other.val.labels)
+    unknown = ignore.train.labels == -1
+    assert (zeros.train.labels[unknown] == 0).all() and (ones.train.labels[unknown] == 1).all()
+    assert np.array_equal(zeros.train.labels[~unknown], ones.train.labels[~unknown])
+    assert all(data.load("chexpert5-ignore", root, size=8, split="paper").train.ids == data.load("chexpert5", root, size=8, split=rule).train.ids
+               for rule in ("group", "paper"))
+
+
+def test_the_radiologists_sets_are_validation_and_test_of_several_labels_too(root):
+    multilabel(multilabel(multilabel(root), range(64541, 64561), "valid", "valid.csv", certain=True), range(64741, 64761), "test", "test_labels.csv", certain=True)
+    found = data.load("chexpert14-ignore", root, size=8)
+    assert sizes(found) == (240, 40, 40) and apart(found) and not noted(found, "are left out") and noted(found, "test is CheXpert's test set")
+    only = data.load("chexpert14-ignore", root, size=8, test_only=True, classes=chexpert.FINDINGS[::-1])
+    assert only.train is None and np.array_equal(only.test.labels, found.test.labels[:, ::-1])
+
+
+def test_the_masked_loss_of_mediffusion_passes_over_what_is_unknown(root):
+    from mediffusion import class_loss
+    found = data.load_for(Settings(data="chexpert14-ignore", root=str(multilabel(root)), size=8, labels="1", labelled_batch=4))
+    batch = next(iter(data.Batches(found.train, 16, train=True))).few
+    assert (batch.y == -1).any() and len(found.train.few[0]) == len(found.train)
+    logits = torch.randn(batch.y.shape, generator=torch.Generator().manual_seed(0))
+    known = batch.y >= 0
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], batch.y[known])
+    assert torch.isclose(class_loss(logits, batch.y), expected)
+    assert torch.isclose(class_loss(torch.where(known, logits, 1e3), batch.y), expected)
+
+
+def test_an_unknown_label_is_no_finding_to_a_draw():
+    labels = np.array([[1, -1, 0], [0, -1, -1], [-1, 1, 0], [1, 0, 0], [0, 0, 0]], np.float32)
+    assert splits.rarest(labels).tolist() == [0, -1, 1, 0, -1]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Path,No Finding\nx,1\n", "needed: Path,Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion"),
+    (f"{HEADER}\n{TOP}/train/patient00001/study1/view1_frontal.jpg,F,60,Frontal,AP" + ",2" * 14, "line 2: atelectasis is '2'; expected 1.0, 0.0, -1.0"),
+    (f"{HEADER}\n{TOP}/train/patient00001/study1/view1_lateral.jpg,F,60,Lateral," + ",1" * 14, "no row is of a frontal view"),
+    (f"{HEADER}\n" + "\n".join(f"{TOP}/train/patient00001/study1/view1_frontal.jpg,F,60,Frontal,AP" + f",{v}" * 14 for v in (0, 1)),
+     "line 3: patient00001/study1/view1_frontal has other labels than before")])
+def test_a_wrong_table_of_several_labels_is_one_line(root, text, words):
+    (root / "train.csv").write_text(text)
+    told = refused(functools.partial(data.load, "chexpert5"), root)
+    assert words in told and "train.csv" in told
