@@ -419,12 +419,12 @@ def counterfactuals(folder, n=64, boxed=False):
     return path
 
 
-def counterfactuals_table(record):
+def counterfactuals_table(record, arms=("plus", "the paper's")):
     """The README's table: what the judge says, and where the change is; Diff = counterfactual - control."""
     lines = ["| | judge: image | control | counterfactual | Diff | Other diff of means | of sizes | own label flipped | change in the box | in a random box |"]
     lines.append("|---" * 10 + "|")
-    for arm, content in record["arms"].items():
-        for what, row in content["rows"].items():
+    for arm in arms:
+        for what, row in record["arms"][arm]["rows"].items():
             if "refused" in row:
                 lines.append(f"| {arm}: {what} | refused: {row['refused']} |" + " |" * 8)
                 continue

@@ -33,6 +33,9 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.ideas_table("diffmic") in README and claims.regions_table("diffmic-toy") in README and claims.few_table() in README
     assert claims.steps_table("symmflow-toy") in README and claims.coverage_table("symmflow-toy") in README
     assert claims.drawn_table("symmflow-toy") in README and claims.ideas_table("symmflow") in README and claims.steps_table("symmflow-toy-raw") in README
+    judged = json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())
+    assert claims.counterfactuals_table(judged) in README and claims.samples_table(judged) in README
+    assert ", ".join(f"{row['judge']['diff']:+.2f}" for row in judged["arms"]["another classifier"]["rows"].values()) in README
     assert claims.votes_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
     cpu, cuda = (json.loads((claims.RESULTS / f"bench-{device}.json").read_text()) for device in ("cpu", "cuda"))
     assert bench.table(cpu) in README and bench.table(cuda) in README and bench.full_table(cuda) in README
@@ -141,6 +144,11 @@ def test_what_the_readme_says_of_the_diffusion_classifier_is_recorded():
                                   for of in [r["bayes"] if name == "bayes" else r["baselines"][name]]], abs=5.1e-4)
     found = [np.mean([r["evidence"][k] for r in records]) for k in ("in_box", "square_in_box", "area")]
     assert "has {:.2f} of its sum, and {:.2f} of its square, in the lesion's box, which is {:.2f} of the area".format(*found) in README
+
+
+def test_by_the_judge_guidance_does_more_than_the_control_spares_the_other_findings_and_changes_the_box():
+    for row in json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())["arms"]["plus"]["rows"].values():
+        assert abs(row["judge"]["diff"]) > .2 and row["judge"]["other_abs"] < abs(row["judge"]["diff"]) / 2 and row["in_box"] > .5
 
 
 def test_the_pictures_of_the_readme_are_there():
