@@ -126,12 +126,6 @@ def test_on_retinamnist_three_seeds_have_48_percent_on_average():
     assert len(records) == 3 and np.mean([r["test"]["accuracy"] for r in records]) >= .48
 
 
-def test_the_diffusion_classifier_is_within_ten_points_of_bayes_by_the_learned_weighting_and_fourteen_by_vote():
-    records = claims.records("diffclassifier-toy")
-    assert len(records) == 3 and np.mean([r["bayes"]["accuracy"] - r["test"]["accuracy"] for r in records]) < .10
-    assert np.mean([r["bayes"]["accuracy"] - r["baselines"]["rule majority"]["accuracy"] for r in records]) < .14
-
-
 def test_the_evidence_lies_in_the_lesions_box_at_more_than_twice_the_boxs_share_of_the_area():
     for record in claims.records("diffclassifier-toy"):
         assert record["evidence"]["in_box"] > 2 * record["evidence"]["area"]
