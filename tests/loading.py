@@ -7,6 +7,8 @@ from PIL import Image
 from common import run
 from data import DataError
 
+FULL = Path(__file__).resolve().parents[2] / "shared" / "data" / "csv_full"     # complete official tables, where there are some
+
 
 def needs(path):
     """Marks a test that reads real data."""
