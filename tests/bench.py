@@ -334,7 +334,8 @@ ROWS = {                                                                # name: 
     "multiply-adds": (multiply_adds, "MedSymmFlow: multiply-adds of one latent classification, 256 px", 5, "G"),
     "votes": (votes_of_images, "diffusion classifier: errors of 32 toy images, 11 noise levels, 5 classes", 2, "s"),
     "late class": (late_class, "diffusion classifier: multiply-adds of a noise level as two classes, `--late-class`, 256 px", None, "G"),
-    "stop 1e-3": (lambda s: stops(s, "1e-3"), "diffusion classifier: network calls an image, `--stop 1e-3`", 4, "calls"),
+    "stop 1e-3": (lambda s: stops(s, "1e-3"), "diffusion classifier: network calls an image, `--stop 1e-3`", None, "calls"),
+    "stop 3e-3": (lambda s: stops(s, "3e-3"), "diffusion classifier: network calls an image, `--stop 3e-3`", 4, "calls"),
     "stop exact": (lambda s: stops(s, "exact"), "diffusion classifier: network calls an image, `--stop exact`", None, "calls"),
     "removal": (removal, "Mediffusion: a finding removed from 16 toy chests, 300 steps of the authors'", 3, "s"),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),
@@ -486,7 +487,8 @@ def table(record):
         _, what, aim, unit = ROWS[name]
         more = f", {100 * row['same_label']:.2f} % the same label" if "same_label" in row else ""
         more += "; the judge's answer {ours:+.2f} and {theirs:+.2f}".format(**row["judge_diff"]) if "judge_diff" in row else ""
-        lines.append(f"| {what}{more} | {row['ours']:.3g} {unit} | {row['theirs']:.3g} {unit} | {row['theirs'] / row['ours']:.1f} | "
+        ours, theirs = (f"{row[side]:,.0f}" if row[side] >= 1000 else f"{row[side]:.3g}" for side in ("ours", "theirs"))
+        lines.append(f"| {what}{more} | {ours} {unit} | {theirs} {unit} | {row['theirs'] / row['ours']:.1f} | "
                      + (f"{aim:.1f} |" if aim else "|"))
     return "\n".join(lines)
 
