@@ -122,7 +122,7 @@ class Config:
     votes: int = 501  # [1..] N, noise levels that an image is judged at; odd, where there are two classes
     val_votes: int = 3  # [1..] of them for the validation of an epoch
     judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all
-    stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones; in training of a batch's
+    stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones; likewise over a training batch
     rule: Literal["majority", "mean", "elbo", "learned"] = "majority"  # votes; least mean error; weighted as the likelihood bound, or as fitted on validation
     stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, or stages 10:3,50:1
     calibrate: bool = False  # fit the temperatures of the rules' probabilities on validation

@@ -220,7 +220,8 @@ def predict_command(method, checkpoint, paths, output="", **given):
     predictions, uncertainty = method.evaluate(nets, seeds, config, device)
     p, classes, out = predictions[method.METHOD], facts["classes"], result_folder(output, checkpoint, "predict", config)
     write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], classes)
-    votes, most = getattr(nets, "votes", None), len(classes) if split.labels.ndim == 2 else 10               # bars of a panel: each label is a question of its own
+    votes = getattr(nets, "votes", None)                                # the diffusion classifier's, (N, K)
+    most = len(classes) if split.labels.ndim == 2 else 10               # bars of a panel: each label is a question of its own
     for i, (name, decided) in enumerate(zip(split.ids, decisions(split, p)[1])):
         found, lines = np.flatnonzero(decided), [f"{kind} {np.mean(u[i]):.3f}" for kind, u in uncertainty.items()]
         lines += [] if votes is None else ["votes for " + ", ".join(f"{classes[k]} {votes[i, k]:.0f}" for k in np.argsort(-votes[i])[:3])]
