@@ -53,7 +53,7 @@ from common.dit import DiT
 from common.resnet import ResNet
 from common.schedules import alpha_sigma, logsnr_step, shifted_cosine, shifted_cosine_slope
 from common.unet import UNet
-from common.votes import BUCKETS, below_half, bucket_differences, fit, mean_errors, mean_scores, overtaken, paired_p
+from common.votes import BUCKETS, below_half, bucket_differences, count_votes, fit, mean_errors, mean_scores, overtaken, paired_p
 from common.wavelet import haar, unhaar
 from data import Batches, DataError, load_for, read_split, shortcut
 
@@ -118,6 +118,7 @@ class Config:
     levels: int = 1  # [1..] noise levels at which a training image is seen at once; each costs as much as another image
     class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
+    precondition: bool = False  # the network adds to what the best linear denoiser predicts, and sees and predicts unit spread (Karras et al. 2022)
     time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
     votes: int = 501  # [1..] N, noise levels that an image is judged at; odd, where there are two classes
     val_votes: int = 3  # [1..] of them for the validation of an epoch
@@ -134,7 +135,7 @@ class Config:
 
 SMALL = dict(size=64, epochs=11, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=32, mult="1,1,2,2", attention="", head_channels=16, blocks=1,
              patch=2, dim=64, depth=6, votes=51, val_votes=5, judged=250, time_scale=20.)
-PLUS = dict(levels=4, scale_shift=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+PLUS = dict(levels=4, scale_shift=True, precondition=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
@@ -157,6 +158,15 @@ def diffuse(x, eps, l):
     """x, eps (B, ...), log-SNR l (B,) -> z, and the scales a, s of signal and noise (B, 1, 1, 1)."""
     a, s = (part.view(-1, 1, 1, 1) for part in alpha_sigma(l))
     return a * x + s * eps, a, s
+
+
+def preconditioning(prediction, spread, l):
+    """c_in, c_skip, c_out (B, C, 1, 1) of a prediction c_skip z + c_out network(c_in z) at log-SNR l (B,), as if the entries of x's channels were
+    independent with root mean square `spread` (C, 1, 1): the linear least-squares prediction, and the spread of what it leaves (Karras et al. 2022, eq. 7)."""
+    a, s = (part.view(-1, 1, 1, 1) for part in alpha_sigma(l))
+    power = (a * spread) ** 2 + s ** 2                                  # of z
+    skip, left = (a * s * (1 - spread ** 2), spread) if prediction == "v" else (s, a * spread)
+    return power ** -.5, skip / power, left / power ** .5
 
 
 def epsilon(config, out, z, a, s):
@@ -211,12 +221,6 @@ def errors(nets, config, x, t, eps, row, c):
 
 
 # ----------------------------------------------------------------------------- rules: from errors (M, N, K), nan where a class was not asked
-def count_votes(error):
-    """Votes (M, K): at how many levels each class erred least."""
-    least = np.where(np.isnan(error), np.inf, error).argmin(2)
-    return (np.eye(error.shape[2])[least] * ~np.isnan(error).all(2)[..., None]).sum(1)
-
-
 def rules(nets, config, error, alive, t):
     """{rule: probabilities (M, K)} of errors (M, N, K) at times t (M, N); a class that is not alive (M, K) was eliminated, and cannot win."""
     side, t = nets.shape[-1], torch.from_numpy(t).double()
@@ -287,6 +291,7 @@ class Networks(nn.Module):
     def __init__(self, config, channels, classes):
         super().__init__()
         self.classes, self.channels, self.time_scale = classes, channels, config.time_scale      # class number `classes`: the null token
+        self.precondition = config.prediction if config.precondition else None
         self.resnet = ResNet(18, channels, classes, config.width, "small" if config.size < 100 else "imagenet",
                              bool(config.pretrained)) if config.baseline else None
         self.codec = Codec(config.autoencoder) if config.autoencoder else None
@@ -302,7 +307,7 @@ class Networks(nn.Module):
             self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class, scale_shift=config.scale_shift)
         else:
             self.denoiser = DiT(C, C, side, config.patch, config.dim, config.depth, max(1, config.dim // config.head_channels), classes + 1)
-        buffers = dict(weight=torch.zeros(BUCKETS), bias=torch.zeros(classes),          # of the learned rule
+        buffers = dict(spread=torch.ones(C, 1, 1), weight=torch.zeros(BUCKETS), bias=torch.zeros(classes),      # of what is seen; of the learned rule
                        temperature=torch.ones(4), prior=torch.ones(classes),            # of each rule; of a class: its share over that in balanced training
                        latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
         for name, value in buffers.items():
@@ -310,10 +315,11 @@ class Networks(nn.Module):
 
     def denoise(self, z, l, c, row=None):
         """The prediction for z (B, C, H, W), log-SNR l (B,), class c (B,); given row, for pairs of a row (T,) of z and l, encoded once if late, and c (T,)."""
-        t = l * self.time_scale
-        if row is None:
-            return self.denoiser(z, t, c)
-        return self.denoiser.decode([f[row] for f in self.denoiser.encode(z, t)], t[row], c) if self.late_class else self.denoiser(z[row], t[row], c)
+        t, row = l * self.time_scale, slice(None) if row is None else row
+        enter, skip, scale = preconditioning(self.precondition, self.spread, l) if self.precondition else (1, None, None)
+        x = enter * z
+        out = self.denoiser.decode([f[row] for f in self.denoiser.encode(x, t)], t[row], c) if self.late_class else self.denoiser(x[row], t[row], c)
+        return skip[row] * z[row] + scale[row] * out if self.precondition else out
 
     @torch.no_grad()
     def encode(self, x, batch=None):
@@ -360,18 +366,22 @@ def build(config, facts):
 
 
 def initialise(nets, data, config):
-    """Measures the latents' spread on some training images; loads ImageNet weights and those of another run, where asked for."""
+    """Measures the spread of what is diffused on some training images; loads ImageNet weights and those of another run, where asked for."""
     missing = [name for k, name in enumerate(data.classes) if k not in data.val.labels]
     if config.rule == "learned" and missing:
         raise run.UserError(f"--rule learned: is fitted on validation, which has no image of class {', '.join(missing)}; take --rule majority")
     nets.prior.copy_(torch.from_numpy((np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes) ** config.balanced))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
-    if nets.codec and not config.latent_scale:
+    if nets.codec and not config.latent_scale or config.precondition:
         some = next(iter(Batches(data.train, min(256, len(data.train)), next(nets.parameters()).device, train=True, seed=config.seed)))
-        nets.latent_scale.div_(torch.cat([nets.encode(x) for x in some.x.split(8)]).std())
+        x = torch.cat([nets.encode(x) for x in some.x.split(8)])
+        if nets.codec and not config.latent_scale:
+            nets.latent_scale.div_(x.std())
+            x = x / x.std()
+        nets.spread.copy_(x.square().mean((0, 2, 3))[:, None, None].sqrt().clamp_min(1e-3))
     if config.init:
-        run.load_init(nets, config.init, METHOD, backbone=config.backbone)
+        run.load_init(nets, config.init, METHOD, backbone=config.backbone, precondition=config.precondition)
 
 
 def parameter_groups(nets, config):
@@ -388,57 +398,47 @@ def learning_rate(config, group, epoch):
 
 
 # ============================================================================= 6 evaluation
-@dataclass
-class Case:
-    """An image that is being judged."""
-    row: int                            # of its split
-    x: torch.Tensor                     # (1, C, H, W) as the network sees it
-    t: torch.Tensor                     # (N,) its times
-    error: np.ndarray                   # (N, K), nan where a class was not asked (yet)
-    classes: np.ndarray                 # that can still win
-    done: int = 0                       # levels that were asked
-
-
 def seen(nets, image, device):
     """An image uint8 (channels, H, W) as the network sees it, (1, C, H, W)."""
     return nets.encode(torch.from_numpy(image[None].astype(np.float32) / 127.5 - 1).to(device))
 
 
 @torch.no_grad()
-def settled(nets, config, split, device):
-    """The Cases of this process's images of a split, each as soon as it is settled. A batch holds as many images as it can take with all their
-    classes, a level each (several, if none can be settled before its last); an image that is settled makes room for the next."""
-    waiting, active, room = deque(range(run.rank(), len(split), run.world())), [], max(1, config.eval_batch_size // nets.classes)
-    while waiting or active:
-        while waiting and len(active) < room:
-            i = waiting.popleft()
-            active.append(Case(i, seen(nets, split.images[i], device), times(config, split.ids[i]),
-                               np.full((config.votes, nets.classes), np.nan), np.arange(nets.classes)))
-        levels = 1 if config.stop != "none" else min(max(1, room // len(active)), *(config.votes - case.done for case in active))
-        rows = [(case, j) for case in active for j in range(case.done, case.done + levels)]
-        pairs = [(r, k) for r, (case, _) in enumerate(rows) for k in case.classes]
-        x, t = torch.cat([case.x for case, _ in rows]), torch.stack([case.t[j] for case, j in rows]).to(device)
-        eps = run.image_noise(config.seed, [f"{split.ids[case.row]} {j}" for case, j in rows], nets.shape, device)
-        with run.autocast(config, device):
-            found = errors(nets, config, x, t, eps, *torch.tensor(pairs, device=device).T).sum((1, 2, 3)).cpu().numpy()
-        for (r, k), error in zip(pairs, found):
-            rows[r][0].error[rows[r][1], k] = error
-        for case in active:
-            case.done += levels
-            case.classes = survivors(case.error[:case.done], case.classes, config)
-        ready = [case.done == config.votes or len(case.classes) == 1 for case in active]
-        yield from (case for case, over in zip(active, ready) if over)
-        active = [case for case, over in zip(active, ready) if not over]
-
-
 def judge(nets, config, split, device):
-    """A whole split, over all processes: errors (M, N, K), nan where a class was not asked; classes that could still win (M, K); times (M, N)."""
-    share = range(run.rank(), len(split), run.world())
-    found = {case.row: (case.error, np.isin(np.arange(nets.classes), case.classes))
-             for case in run.progress(settled(nets, config, split, device), "judge", total=max(1, len(share)))}
-    rows = run.gather({"error": np.array([found[i][0] for i in share], np.float64).reshape(-1, config.votes, nets.classes),
-                       "alive": np.array([found[i][1] for i in share], bool).reshape(-1, nets.classes)})
-    return rows["error"], rows["alive"], np.array([times(config, name).numpy() for name in split.ids])
+    """A whole split, over all processes: errors (M, N, K), nan where a class was not asked; classes that could still win (M, K); times (M, N).
+
+    A batch holds as many images as it can take with all their classes, a level each (several, if none can be settled before its last); an image
+    that is settled makes room for the next."""
+    share, room = range(run.rank(), len(split), run.world()), max(1, config.eval_batch_size // nets.classes)
+    t = np.array([times(config, name).numpy() for name in split.ids]).reshape(-1, config.votes)
+    error, alive, done = np.full((*t.shape, nets.classes), np.nan), np.ones((len(split), nets.classes), bool), [0] * len(split)
+
+    def settled():
+        waiting, x = deque(share), {}                                   # x: of the images that are being judged
+        while waiting or x:
+            while waiting and len(x) < room:
+                i = waiting.popleft()
+                x[i] = seen(nets, split.images[i], device)
+            levels = 1 if config.stop != "none" else min(max(1, room // len(x)), *(config.votes - done[i] for i in x))
+            rows = [(i, j) for i in x for j in range(done[i], done[i] + levels)]
+            pairs = [(r, k) for r, (i, _) in enumerate(rows) for k in np.flatnonzero(alive[i])]
+            eps = run.image_noise(config.seed, [f"{split.ids[i]} {j}" for i, j in rows], nets.shape, device)
+            level = torch.from_numpy(t[tuple(zip(*rows))]).to(device)
+            with run.autocast(config, device):
+                found = errors(nets, config, torch.cat([x[i] for i, _ in rows]), level, eps, *torch.tensor(pairs, device=device).T)
+            for (r, k), e in zip(pairs, found.sum((1, 2, 3)).tolist()):
+                error[*rows[r], k] = e
+            for i in list(x):
+                done[i] += levels
+                classes = survivors(error[i, :done[i]], np.flatnonzero(alive[i]), config)
+                alive[i] = np.isin(np.arange(nets.classes), classes)
+                if done[i] == config.votes or len(classes) == 1:
+                    del x[i]
+                    yield i
+    for _ in run.progress(settled(), "judge", total=max(1, len(share))):
+        pass
+    rows = run.gather({"error": error[share], "alive": alive[share]})
+    return rows["error"], rows["alive"], t
 
 
 @torch.no_grad()
@@ -522,8 +522,6 @@ def train(config, resume=None):
     nets = run.place(build(config, facts), device)
     if resume is None:
         initialise(nets, data, config)
-    if device.type == "cuda" and run.world() > 1:
-        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     state = run.State(METHOD, config, facts, nets, torch.optim.AdamW(parameter_groups(nets, config), fused=True))
     if resume is not None:
         state.load(out / "last.pt")

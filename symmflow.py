@@ -521,8 +521,6 @@ def train(config, resume=None):
     nets = run.place(build(config, facts), device)
     if resume is None:
         initialise(nets, data, config)
-    if device.type == "cuda" and run.world() > 1:
-        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     state = run.State(METHOD, config, facts, nets, torch.optim.AdamW(parameter_groups(nets, config), fused=True))
     if resume is not None:
         state.load(out / "last.pt")

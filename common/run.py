@@ -360,7 +360,8 @@ def start(config):
 
 def place(nets, device):
     """Networks on the device; channels_last on CUDA alone: on a CPU torch 2.13 crashes in the backward pass of a strided 1x1
-    convolution of 8 channels on an odd batch (Conv2d(8, 16, 1, 2), 29 images of 32 x 32)."""
+    convolution of 8 channels on an odd batch (Conv2d(8, 16, 1, 2), 29 images of 32 x 32). Several GPUs share the batch norms' statistics."""
+    nets = torch.nn.SyncBatchNorm.convert_sync_batchnorm(nets) if device.type == "cuda" and world() > 1 else nets
     return nets.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
 
 
@@ -781,7 +782,8 @@ def load_init(nets, path, method, **same):
         raise UserError(f"--init {fault}") from None
     for name, value in same.items():
         if (theirs := content["config"].get(name, value)) != value:
-            raise UserError(f"--init {path}: is of a run with --{name} {theirs}, this one has --{name} {value}; add --{name} {theirs}, or name another")
+            option, ours = (f"--{'no-' * (v is False)}{name}" + f" {v}" * (not isinstance(v, bool)) for v in (theirs, value))
+            raise UserError(f"--init {path}: is of a run with {option}, this one has {ours}; add {option}, or name another")
     given = content["ema"]
     # weights and batch norms; not what was fitted to the other run, such as its temperature
     learnt = {name for name, _ in nets.named_parameters()} | {k for k in own if "running_" in k or k.endswith("num_batches_tracked")}

@@ -1,4 +1,4 @@
-"""What follows from the errors (M, N, K) of K classes at N noise levels of M images, nan where a class was not asked: means, their differences,
+"""What follows from the errors (M, N, K) of K classes at N noise levels of M images, nan where a class was not asked: votes, means, differences,
 a logistic regression on them; and what follows from votes: whether more of them could still change the winner."""
 import functools
 import math
@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 
 BUCKETS = 10                                            # ranges of log-SNR, -10 to 10, that `bucket_differences` averages over
+
+
+def count_votes(error):
+    """Votes (M, K): at how many levels each class erred least."""
+    least = np.where(np.isnan(error), np.inf, error).argmin(2)
+    return (np.eye(error.shape[2])[least] * ~np.isnan(error).all(2)[..., None]).sum(1)
 
 
 def mean_errors(error, weight=1.):

@@ -20,9 +20,10 @@ from PIL import Image
 import diffclassifier
 from common import metrics, run, votes
 from common.schedules import alpha_sigma, shifted_cosine, shifted_cosine_slope
+from common.votes import count_votes
 from common.wavelet import haar, unhaar
 from data import DataSet, Split, load_for
-from diffclassifier import Config, configure, count_votes, rules, survivors
+from diffclassifier import Config, configure, rules, survivors
 from tests.loading import opened, short
 from tests.test_dit import multiply_adds
 from tests.test_run import processes
@@ -95,6 +96,52 @@ def test_the_schedule_is_that_of_the_side_seen_and_never_below_noise_d():
     t = torch.rand(5)
     assert torch.equal(diffclassifier.logsnr(tiny(), t, 16), shifted_cosine(t, 64, 64))
     assert torch.equal(diffclassifier.logsnr(tiny(), t, 128), shifted_cosine(t, 64, 128))
+
+
+@pytest.mark.parametrize("prediction", ["v", "eps"])
+@pytest.mark.parametrize("l", [-6., -1., 0., 3., 8.])
+def test_preconditioned_an_untrained_network_is_the_least_squares_line_and_sees_and_leaves_unit_spread(prediction, l):
+    spread = torch.tensor([.05, .4, 1.3], dtype=torch.float64)[:, None, None]
+    x, eps = torch.tensor([[1, 1, -1, -1], [1, -1, 1, -1]], dtype=torch.float64)[:, :, None, None, None].expand(-1, -1, 3, -1, -1)     # independent
+    level = torch.full((len(x),), l, dtype=torch.float64)
+    z, a, s = diffclassifier.diffuse(spread * x, eps, level)
+    target = a * eps - s * spread * x if prediction == "v" else eps
+    enter, skip, scale = diffclassifier.preconditioning(prediction, spread, level[:1])
+    square = lambda b: b.square().mean((0, 2, 3))                       # of each channel
+    assert torch.allclose(skip.flatten(), (z * target).mean((0, 2, 3)) / square(z))
+    assert torch.allclose(square(enter * z), torch.ones(3).double()) and torch.allclose(square((target - skip * z) / scale), torch.ones(3).double())
+
+
+@pytest.mark.parametrize("given", NETWORKS + [dict(prediction="eps")], ids=str)
+def test_preconditioning_at_unit_spread_is_the_network_itself_and_serves_pairs_as_it_serves_rows(given):
+    plain, nets = (networks(tiny(precondition=on, **given)) for on in (False, True))
+    z, l, c = torch.randn(4, 3, 16, 16), torch.linspace(-4, 4, 4), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        if given.get("prediction") != "eps":                            # a v-network's skip is 0 there, an eps-network's s
+            assert torch.allclose(nets.denoise(z, l, c), plain.denoise(z, l, c), atol=1e-5)
+        nets.spread.copy_(torch.tensor([.1, .5, 2.])[:, None, None])
+        row, k = torch.tensor([0, 0, 3, 2]), torch.tensor([1, 2, 0, 3])
+        assert not torch.allclose(nets.denoise(z, l, c), plain.denoise(z, l, c), atol=1e-2)
+        assert torch.allclose(nets.denoise(z, l, k, row), nets.denoise(z[row], l[row], k), atol=1e-5)
+        for p in nets.denoiser.parameters():
+            p.zero_()
+        assert torch.equal(nets.denoise(z, l, c), diffclassifier.preconditioning(nets.precondition, nets.spread, l)[1] * z)
+
+
+def test_the_spread_is_that_of_the_training_images_as_the_network_sees_them_and_of_latents_the_unit_they_are_scaled_to(tmp_path):
+    data = DataSet(pictures(40), pictures(6), pictures(6), list("abc"), False, 3)
+    config = tiny(wavelet=True, precondition=True)
+    nets = networks(config)
+    diffclassifier.initialise(nets, data, config)
+    with torch.no_grad():
+        x = nets.encode(torch.from_numpy(data.train.images.astype(np.float32) / 127.5 - 1))
+    assert nets.spread.shape == (12, 1, 1) and torch.allclose(nets.spread.flatten(), x.square().mean((0, 2, 3)).sqrt(), rtol=1e-4)
+    for scale in (0., 3.):                                              # measured, given
+        config = tiny(wavelet=True, precondition=True, latent_scale=scale, size=32, autoencoder=str(autoencoder(tmp_path / f"{scale}.pt")), mult="1")
+        nets = networks(config)
+        diffclassifier.initialise(nets, DataSet(pictures(20, 32), pictures(6, 32), pictures(6, 32), list("abc"), False, 3), config)
+        z = torch.cat([diffclassifier.seen(nets, image, CPU) for image in pictures(20, 32).images])
+        assert torch.allclose(nets.spread.flatten(), z.square().mean((0, 2, 3)).sqrt(), rtol=.01) and (scale or abs(float(z.std()) - 1) < .01)
 
 
 def known(config, x, eps):
@@ -803,7 +850,7 @@ class Stopped(Exception):
 def test_a_resumed_run_ends_with_the_weights_and_the_votes_of_one_that_was_not_stopped(stop_at, tmp_path, monkeypatch):
     """Stopped in the second epoch, after one of the plain ResNet alone, and in the last; four steps an epoch."""
     given = dict(data="toy", size=28, limit=12, batch_size=3, epochs=3, pretrain_epochs=1, select="auroc", channels=8, mult="1,1", attention="2", head_channels=8, width=8,
-                 votes=5, val_votes=1, calibrate=True, device="cpu")
+                 votes=5, val_votes=1, calibrate=True, device="cpu", seed=1)
     monkeypatch.setattr(run.score, "__defaults__", (None, 5))
     whole = diffclassifier.train(configure(**given, output=str(tmp_path / "whole")))
     step, calls, config = diffclassifier.train_step, itertools.count(), configure(**given, output=str(tmp_path / "parted"))
@@ -904,6 +951,8 @@ def test_a_run_starts_from_the_weights_of_its_own_backbone_alone(toy_run, dit_ru
         assert go(tmp_path / "run", *DIT, "--backbone", ours, "--init", file) == 2
         assert capsys.readouterr().err == (f"error: --init {file}: is of a run with --backbone {theirs}, this one has --backbone {ours}; "
                                            f"add --backbone {theirs}, or name another\n")
+    assert go(tmp_path / "run", *DIT, "--no-precondition", "--init", dit_run / "best.pt") == 2
+    assert "is of a run with --precondition, this one has --no-precondition; add --precondition, or" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     config, nets, _, _ = run.load_model(dit_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
     fresh = diffclassifier.build(config, facts())
