@@ -133,8 +133,8 @@ class Config:
     start: float = 0.5  # [0..1] time to which explain noises an image before it is denoised again
 
 
-SMALL = dict(size=64, epochs=11, batch_size=16, lr=2e-3, warmup=.1, ema=.99, width=8, channels=32, mult="1,1,2,2", attention="", head_channels=16, blocks=1,
-             patch=2, dim=64, depth=6, votes=51, val_votes=5, judged=250, time_scale=20.)
+SMALL = dict(size=64, epochs=10, batch_size=16, lr=4e-3, warmup=.1, ema=.99, width=8, channels=32, mult="1,1,2,2", attention="", head_channels=16, blocks=1,
+             patch=2, dim=64, depth=6, votes=51, val_votes=9, judged=250, time_scale=20.)
 PLUS = dict(levels=4, scale_shift=True, precondition=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used

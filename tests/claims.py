@@ -52,11 +52,11 @@ IDEAS = {                                                               # of a m
     "symmflow": {"map": dict(label_loss="map"), "velocity": dict(label_loss="velocity"), "rgb": dict(label_loss="map", codes="rgb"),
                  "simplex": dict(label_loss="map", codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
                  "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True)},
-    "diffclassifier": {"level": dict(levels=1), "unweighted": dict(loss_weight="none"), "added": dict(scale_shift=False), "independent": dict(stratified=False),
+    "diffclassifier": {"level": dict(levels=1), "raw": dict(precondition=False), "unweighted": dict(loss_weight="none"), "added": dict(scale_shift=False), "independent": dict(stratified=False),
                        "late": dict(late_class=True), "balanced": dict(balanced=True)},
 }
 BASE = {"diffmic": dict(prior_dropout=0.),                              # measured before prior dropout was found to help
-        "symmflow": {}, "diffclassifier": dict(epochs=4, baseline=False)}        # a third of the budget
+        "symmflow": {}, "diffclassifier": dict(epochs=3, baseline=False)}        # a third of the budget
 CELLS |= {"diffmic-toy-base": ("diffmic", dict(data="toy") | BASE["diffmic"], (0, 1, 2)),
           "diffclassifier-toy-base": ("diffclassifier", dict(data="toy") | BASE["diffclassifier"], (0,))}
 CELLS |= {f"{method}-toy-{name}": (method, dict(data="toy") | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
