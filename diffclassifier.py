@@ -31,6 +31,9 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, visited in random order, as the stop rules need).
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
+
+Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
+at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned). README: what each is worth.
 """
 # ============================================================================= 2 imports
 import dataclasses
