@@ -438,8 +438,7 @@ def judge(nets, config, split, device):
                 if done[i] == config.votes or len(classes) == 1:
                     del x[i]
                     yield i
-    for _ in run.progress(settled(), "judge", total=max(1, len(share))):
-        pass
+    deque(run.progress(settled(), "judge", total=max(1, len(share))), 0)         # all of them; error and alive are filled
     rows = run.gather({"error": error[share], "alive": alive[share]})
     return rows["error"], rows["alive"], t
 

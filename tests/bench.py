@@ -8,9 +8,12 @@ not timed.
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,11 +36,12 @@ import symmflow
 from common.autoencoder import AutoencoderKL, Codec
 from common.unet import UNet
 from common.votes import overtaken
-from data import Batches, Split
+from data import Batches, Split, cache
 from data.batches import Batch
 from tests import authors
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results"
 VOTES = RESULTS / "diffclassifier-votes.npz"                            # of 300 toy images: what `stops` reads
 JUDGED = RESULTS / "mediffusion-counterfactuals.json"                   # what both ways of removing do to the judge's answer
 
@@ -165,31 +169,85 @@ def regions(s):
     return s.seconds(ours, 20), s.seconds(theirs, 20)
 
 
-def epoch(s, names):
-    """An epoch of batches of 32 from the cache, beside decoding 600 x 450 JPEGs each time (Pillow, as many threads as torch has)."""
+def photographs(folder, n):
+    """n JPEGs of 600 x 450, about as hard to decode as photographs of skin."""
+    rng, files = np.random.default_rng(0), [Path(folder) / f"{i}.jpg" for i in range(n)]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((600, 450), Image.Resampling.BICUBIC)
+        grain = Image.fromarray(rng.integers(0, 256, (450, 600, 3), np.uint8))
+        Image.blend(coarse, grain, .08).save(file, quality=90)
+    return files
+
+
+class Photographs(torch.utils.data.Dataset):
+    """What a torch DataLoader decodes."""
+
+    def __init__(self, files, size, names):
+        self.files, self.size, self.names = files, size, names
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(square(self.files[i], self.size, self.names, np.random.default_rng([0, i]))).float() / 127.5 - 1
+
+
+def epoch(s, names, loader=False):
+    """An epoch of batches of 32 from the cache, beside decoding 600 x 450 JPEGs each time: by Pillow in as many threads as torch has, or by a
+    DataLoader with two workers, which are there before the clock starts."""
     n, size = (32, 64) if s.quick else (512, 224)
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for i in range(n):
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((600, 450), Image.Resampling.BICUBIC)
-            grain = Image.fromarray(rng.integers(0, 256, (450, 600, 3), np.uint8))
-            files.append(Path(folder) / f"{i}.jpg")
-            Image.blend(coarse, grain, .08).save(files[-1], quality=90)
-        images = np.stack([square(file, size) for file in files])
-        split = Split(images, np.zeros(n, np.int64), [f.stem for f in files])
+        files = photographs(folder, n)
+        split = Split(np.stack([square(file, size) for file in files]), np.zeros(n, np.int64), [f.stem for f in files])
+        workers = torch.utils.data.DataLoader(Photographs(files, size, names), 32, shuffle=True, num_workers=2, persistent_workers=True) if loader else None
 
         def ours():
             for batch in Batches(split, 32, s.device, True, 0, names):
                 pass
 
         def theirs():
+            if loader:
+                return [batch.to(s.device) for batch in workers]
             rngs = [np.random.default_rng([0, i]) for i in range(n)]
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 for i in range(0, n, 32):
                     rows = list(pool.map(lambda j: square(files[j], size, names, rngs[j]), range(i, min(n, i + 32))))
                     (torch.from_numpy(np.stack(rows)).to(s.device).float() / 127.5 - 1)
+        s.seconds(theirs)
         return s.seconds(ours, 9), s.seconds(theirs, 3)
+
+
+def decoding(s):
+    """The cache of 1,000 JPEGs, built by both cores and by one."""
+    n, size = (32, 64) if s.quick else (1000, 224)
+    with tempfile.TemporaryDirectory() as folder:
+        files, builds = photographs(folder, n), itertools.count()
+
+        def build(workers):
+            with mock.patch.dict("os.environ", DIFFUSION_CLASSIFIERS_CACHE=f"{folder}/cache-{next(builds)}"):
+                cache.load(files, size, 3, "crop", workers=workers)
+        return s.both(lambda: build(2), lambda: build(1), 1 if s.quick else 2)
+
+
+def start_up(s):
+    """From the start of `python diffmic.py --data folder` on 100,000 images of 64 px to its first training step, in seconds: with the cache and without it."""
+    n, rng = 64 if s.quick else 100_000, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(2):
+            (Path(folder) / "data" / f"class{k}").mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64)).save(f"{folder}/data/class{i % 2}/{i}.png", compress_level=1)
+        argv = ["--data", "folder", "--root", f"{folder}/data", "--scale", "small", "--size", "64", "--width", "8", "--no-baseline", "--device", str(s.device)]
+        code = ("import sys, diffmic\n"
+                "def stop(*given): raise diffmic.run.UserError('first step')\n"
+                "diffmic.train_step = stop\n"
+                "sys.exit(diffmic.main(sys.argv[1:]) - 2)")
+
+        def started(run):
+            subprocess.run([sys.executable, "-c", code, *argv, "--output", f"{folder}/run-{run}"], cwd=ROOT, check=True, capture_output=True,
+                           env=os.environ | dict(DIFFUSION_CLASSIFIERS_CACHE=f"{folder}/cache"))
+        cold = s.seconds(lambda: started(0))
+        return s.seconds(lambda: started(1)), cold
 
 
 def square(file, size, names=(), rng=None):
@@ -340,6 +398,10 @@ ROWS = {                                                                # name: 
     "removal": (removal, "Mediffusion: a finding removed from 16 toy chests, 300 steps of the authors'", 3, "s"),
     "epoch": (lambda s: epoch(s, ()), "epoch of 512 images of 224 px, not augmented", 10, "s"),
     "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4, "s"),
+    "loader": (lambda s: epoch(s, (), True), "the same epoch, beside a torch DataLoader with two workers", 5, "s"),
+    "loader, augmented": (lambda s: epoch(s, ("hflip", "rotate"), True), "the same with flips and rotation", 2, "s"),
+    "decoding": (decoding, "the cache of 1,000 JPEGs of 600 x 450, built by two cores, beside one", 1.7, "s"),
+    "start-up": (start_up, "from the command to its first step, 100,000 images of 64 px in the cache, beside an empty one", None, "s"),
 }
 
 
