@@ -481,7 +481,8 @@ def pictures(folder):
     return diffmic_pictures(folder) if method == "diffmic" else figures_and_explanation(method, folder)
 
 
-FIGURES = {"symmflow": ("drawn", "nearest", "coverage"), "diffclassifier": ("rules", "errors", "coverage")}     # of a run: what the README shows
+FIGURES = {"symmflow": ("drawn", "nearest", "coverage"), "diffclassifier": ("rules", "errors", "coverage"),
+           "mediffusion": ("counterfactuals",)}                         # of a run: what the README shows
 
 
 def figures_and_explanation(method, folder):

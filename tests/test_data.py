@@ -801,6 +801,21 @@ def test_images_augmented_a_few_at_a_time_are_those_augmented_together():
     assert torch.allclose(part.x, batches.finish(torch.from_numpy(made[part.index]), flip, angle), atol=1e-5)
 
 
+@pytest.mark.parametrize("free, held", [(10 ** 6, True), (10 ** 4, False)])
+def test_images_lie_on_the_gpu_where_they_fit_and_are_streamed_by_pinned_copies_where_not(tmp_path, monkeypatch, free, held):
+    """A GPU is played by this machine: 20 images of 3 x 16 x 16 pixels against 40 % of its free memory."""
+    np.save(tmp_path / "images.npy", RNG.integers(0, 256, (20, 3, 16, 16), np.uint8))
+    split, pinned, to = Split(np.load(tmp_path / "images.npy", mmap_mode="r"), np.arange(20) % 3, [str(i) for i in range(20)]), [], torch.Tensor.to
+    expected = [batch.x for batch in Batches(split, 8, train=True)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **given: x if str(device) == "cuda" else to(x, device, **given))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(len(x)) or x)
+    for _ in range(2):
+        batches = Batches(split, 8, "cuda", train=True)
+        assert torch.is_tensor(batches.images) == held and all(map(torch.equal, [batch.x for batch in batches], expected))
+    assert sum(pinned) == (0 if held else 40) and hasattr(split, "_on_device") == held
+
+
 # ------------------------------------------------------------------------------------------------ batches of few labels
 FLIPS = ("hflip", "vflip")
 
