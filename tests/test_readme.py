@@ -14,14 +14,15 @@ import diffmic
 from tests import bench, claims
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", claims.RESULTS / "README.md"]              # the second has the tables
+README = "\n".join(page.read_text() for page in PAGES)
 METHODS = "diffmic|symmflow|diffclassifier|mediffusion"
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"(?s)```\n(.*?)```", README) for line in block.splitlines()]
 COMMANDS += re.findall(rf"`(python (?:{METHODS})\.py[^`]*)`", README)
 
 
 OWN_TABLE = ["diffmic-toy", "diffmic-toy-paper", "diffmic-ham10000-small", "symmflow-toy", "symmflow-toy-paper", "symmflow-retinamnist-small", "symmflow-retinamnist-small-paper",
-             "diffclassifier-toy", "mediffusion-toy"]
+             "diffclassifier-toy", "mediffusion-toy", "mediffusion-toy-no-diffusion"]
 
 
 @pytest.mark.parametrize("name", OWN_TABLE)
@@ -36,7 +37,7 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     judged = json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())
     assert claims.counterfactuals_table(judged) in README and claims.samples_table(judged) in README
     assert ", ".join(f"{row['judge']['diff']:+.2f}" for row in judged["arms"]["another classifier"]["rows"].values()) in README
-    assert claims.votes_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
+    assert claims.votes_table() in README and claims.labels_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
     cpu, cuda = (json.loads((claims.RESULTS / f"bench-{device}.json").read_text()) for device in ("cpu", "cuda"))
     assert bench.table(cpu) in README and bench.table(cuda) in README and bench.full_table(cuda) in README
 
@@ -131,6 +132,13 @@ def test_the_evidence_lies_in_the_lesions_box_at_more_than_twice_the_boxs_share_
         assert record["evidence"]["in_box"] > 2 * record["evidence"]["area"]
 
 
+def test_at_the_default_budget_votes_are_within_fourteen_points_of_bayes_and_the_learned_weighting_within_ten():
+    records = claims.records("diffclassifier-toy")
+    assert len(records) == 3
+    for most, of in ((.14, lambda r: r["baselines"]["rule majority"]), (.10, lambda r: r["test"])):
+        assert np.mean([r["bayes"]["accuracy"] - of(r)["accuracy"] for r in records]) < most
+
+
 def test_what_the_readme_says_of_the_diffusion_classifier_is_recorded():
     records = claims.records("diffclassifier-toy")
     said = [float(x) for x in re.search(r"ResNet on the same batches is ahead\s+by (.+?) in the three seeds, the Bayes optimum by (.+?);", README).groups() for x in x.split(", ")]
@@ -145,10 +153,17 @@ def test_by_the_judge_guidance_does_more_than_the_control_spares_the_other_findi
         assert abs(row["judge"]["diff"]) > .2 and row["judge"]["other_abs"] < abs(row["judge"]["diff"]) / 2 and row["in_box"] > .5
 
 
-def test_the_pictures_of_the_readme_are_there():
-    for path in re.findall(r"!\[[^]]*\]\((\S+)\)", README):
-        with Image.open(ROOT / path) as image:
-            assert min(image.size) > 200
+def test_the_pictures_and_pages_of_the_readme_are_there():
+    for page in PAGES:
+        for path in re.findall(r"\[[^]]*\]\(((?!http)[^\s#]+)\S*\)", page.read_text()):
+            assert (page.parent / path).exists()
+            if path.endswith(".png"):
+                with Image.open(page.parent / path) as image:
+                    assert min(image.size) > 200
+
+
+def test_the_readme_is_a_page_that_a_reader_finishes():
+    assert len(PAGES[0].read_text().splitlines()) <= 160
 
 
 @pytest.fixture(scope="module")
