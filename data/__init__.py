@@ -28,7 +28,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     root      its folder (MedMNIST: or the .npz file itself); default data/raw/NAME (MedMNIST: or ~/.medmnist)
     size      pixels a side; default 32 for toy sets and MedMNIST, else 224
     seed      of the toy images and of `limit`; no split depends on it
-    split     "official": the test set that comes with the data, else as "group"; "group": 30 % test and 10 % validation by
+    split     "official": the test set that comes with the data, less training images of its patients, else as "group"; "group": 30 % test and 10 % validation by
               patient or lesion; "paper": the same by image, as DiffMIC did, so that lesions are on both sides (the diffusion
               classifier's two sets, chexpert by patient and isic2020 by image: 10 % and 10 %, as many images of each class;
               Mediffusion's, isic2019 by image: 20 % and 10 %, and chestxray14 as "official")
@@ -62,6 +62,8 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
     if classes:
         _relabel(table, list(classes), root)
     records, notes = table.records, table.notes
+    if split != "paper":
+        records = splits.apart(records, notes)
     for part, n, of in zip(("test", "validation"), splits.leaking(records), ("train or validation", "train")):
         if n:
             notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group mends it")

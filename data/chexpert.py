@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from .splits import assign, balanced
+from .splits import apart, assign, balanced
 from .tables import Record, Table, missing_columns, read_columns, read_table, report_missing
 from .types import DataError
 
@@ -73,7 +73,7 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None,
         return Table(_settled(records, uncertain, notes) if reading else records, list(labels), 1, notes, multilabel=bool(reading))
     if lists and all(lists.values()):
         notes.append(f"split paper: the authors' own lists, {lists['train']} and its two neighbours")
-        return found(_apart([record for part, path in lists.items() for record in records(part, path)], notes))
+        return found(apart([record for part, path in lists.items() for record in records(part, path)], notes))
     if not any(files.values()):
         raise DataError(_nothing_found(root))
     if files["test"] and not {name.lower() for name in labels} <= set(read_columns(files["test"])):
@@ -95,7 +95,7 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None,
         val = records("val", files["val"]) if files["val"] else []
         notes.append("split official: test is CheXpert's test set, validation "
                      + ("its validation set" if val else "10 % of the training patients of each class"))
-        return found(_apart((train if val else assign(train, test=0)) + val + test, notes))
+        return found((train if val else assign(train, test=0)) + val + test)
     if split == "official":
         notes.append("no official test set here (test_labels.csv with test/): split group instead")
     if files["val"]:
@@ -239,16 +239,6 @@ def _records(part, path, rows, places, skip_bad, notes):
     else:
         report_missing(missing, len(rows), part, path, skip_bad, notes)
     return there
-
-
-def _apart(records, notes):
-    """The records less those of patients who are in a later part too: one of test stays there, one of validation leaves train."""
-    inside = {part: {r.group for r in records if r.split == part} for part in ("val", "test")}
-    later = {"train": inside["val"] | inside["test"], "val": inside["test"], "test": set()}
-    kept = [r for r in records if r.group not in later[r.split]]
-    if len(kept) < len(records):
-        notes.append(f"{len(records) - len(kept):,} images left out: their patients are in a later split too")
-    return kept
 
 
 def _nothing_found(root):

@@ -63,6 +63,16 @@ def leaking(records):
             sum(r.split == "val" and r.group in groups["train"] for r in records))
 
 
+def apart(records, notes):
+    """The records less those whose patient or lesion is in a later split too: one of test stays there, one of validation leaves train."""
+    inside = {part: {r.group for r in records if r.split == part and r.group} for part in SPLITS}
+    later = {"train": inside["val"] | inside["test"], "val": inside["test"], "test": set()}
+    kept = [r for r in records if r.group not in later[r.split]]
+    if len(kept) < len(records):
+        notes.append(f"{len(records) - len(kept):,} images left out: their patient or lesion is in a later split too (--split group splits anew)")
+    return kept
+
+
 def rarest(labels):
     """Labels (N,) as they are; multi-label (N, K) -> (N,): of each image the finding that the fewest images have, -1 without any."""
     labels = np.asarray(labels)

@@ -194,7 +194,7 @@ def test_a_patient_in_two_tables_stays_in_the_later_one(root):
     training(root)
     make(root, range(1, 28), "test", "test_labels.csv")
     found = load(root)
-    assert apart(found) and len(found.test) == 12 and noted(found, "their patients are in a later split too") and not noted(found, "LEAK")
+    assert apart(found) and len(found.test) == 12 and noted(found, "their patient or lesion is in a later split too") and not noted(found, "LEAK")
 
 
 def test_evaluation_of_a_training_folder_scores_the_same_test_split(root):

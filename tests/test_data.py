@@ -616,13 +616,13 @@ def test_the_command_line_tells_groups_sizes_repeats_and_blanks(tmp_path, capsys
     (train / "b" / "again.png").write_bytes((train / "a" / "001.png").read_bytes())            # with another label
     (train / "b" / "gone.png").write_bytes((root / "test" / "a" / "000.png").read_bytes())
     Image.new("RGB", (12, 12), "red").save(train / "b" / "blank.png")
-    (root / "groups.csv").write_text("file,group\n" + "".join(f"{p}/{c}/00{i}.png,{c}{i // 2}\n" for p in ("train", "test") for c in "ab" for i in range(2)))
+    (root / "groups.csv").write_text("file,group\n" + "".join(f"{p}/{c}/00{i}.png,{c}\n" for p, rows in (("train", (4, 5)), ("test", (0, 1))) for c in "ab" for i in rows) + "train/a/002.png,x\ntrain/a/003.png,x\n")
     assert main(["folder", "--root", str(root), "--size", "8", "--output", str(sheet)]) == 0
     out = capsys.readouterr().out
-    assert cells(out, "class") == ["train", "val", "test"] and cells(out, "all") == ["17", "5", "7"] and cells(out, "repeats") == ["2", "0", "0"]
-    assert "12 x 12 to 20 x 20, 2 sizes; most often 12 x 12 (27 images)" in out and "1 images are blank" in out
+    assert cells(out, "class") == ["train", "val", "test"] and cells(out, "all") == ["13", "5", "7"] and cells(out, "repeats") == ["2", "0", "0"]
+    assert "12 x 12 to 20 x 20, 2 sizes; most often 12 x 12 (23 images)" in out and "1 images are blank" in out
     assert "(0 of one in another split); 1 of them have another label" in out and "1 train images dropped" in out
-    assert cells(out, "groups") == ["15", "unknown", "5"] and "groups are patients or lesions: 2 of them on two sides" in out and "LEAK: 4 test images" in out
+    assert cells(out, "groups") == ["12", "unknown", "5"] and "groups are patients or lesions: 0 of them on two sides" in out and "4 images left out: their patient" in out
     assert main(["folder", "--root", str(root), "--size", "8", "--split", "group", "--output", str(sheet)]) == 0
     assert "groups are patients or lesions: 0 of them on two sides" in capsys.readouterr().out
 
