@@ -33,7 +33,8 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
 
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
-at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned). README: what each is worth.
+at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
+after few votes accuracy says little (--select). What each is worth: tests/results/README.md.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -138,7 +139,7 @@ class Config:
 
 SMALL = dict(size=64, epochs=10, batch_size=16, lr=4e-3, warmup=.1, ema=.99, width=8, channels=32, mult="1,1,2,2", attention="", head_channels=16, blocks=1,
              patch=2, dim=64, depth=6, votes=51, val_votes=9, judged=250, time_scale=20.)
-PLUS = dict(levels=4, scale_shift=True, precondition=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy")
+PLUS = dict(levels=4, scale_shift=True, precondition=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy", select="auroc")
 SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}

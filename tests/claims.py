@@ -58,7 +58,7 @@ IDEAS = {                                                               # of a m
 }
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
 BASE = {"diffmic": dict(prior_dropout=0.),                              # measured before prior dropout was found to help
-        "symmflow": {}, "diffclassifier": dict(epochs=3, baseline=False),        # a third of the budget
+        "symmflow": {}, "diffclassifier": dict(epochs=3, votes=25, baseline=False),        # a third of the budget
         "mediffusion": dict(pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 CELLS |= {"diffmic-toy-base": ("diffmic", dict(data="toy") | BASE["diffmic"], (0, 1, 2)),
           **{f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], (0,)) for method in ("diffclassifier", "mediffusion")}}
