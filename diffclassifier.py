@@ -26,8 +26,8 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
  2. Class: added to the time embedding, as their cross-attention to one token does. One table of classes, one null token, one dropout, in the EMA;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
- 3. Errors are of eps, as in their code; of x, as in their figure, the votes would be the same, the means not. Ties go to the lower mean error, not to the first.
- 4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, visited in random order, as the stop rules need). An eliminated class cannot win, theirs can.
+ 3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
+ 4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, in random order, as stops need). An eliminated class cannot win, theirs can.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
 
