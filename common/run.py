@@ -23,7 +23,7 @@ import sys
 import time
 import typing
 import zipfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class WorkError(Exception):
 
 # ----------------------------------------------------------------------------- settings and command line
 
+@cache
 def field_comments(Config):
     """The comment behind each field of the dataclass, which is its help text: {name: (group, comment)}."""
     found, group = {}, ""
@@ -544,15 +545,15 @@ def save(path, content):
         raise WorkError(f"{path}: cannot save: {reason}; the last good file is unchanged: make room, then --resume") from None
 
 
-def load_weights(path):
+def load_weights(path, option=""):
     """Tensors and plain values from .pt .pth .ckpt (torch) or .safetensors. Runs no code from the file.
 
     A torch file's zip entries must be stored (not compressed), no larger than the file together, and true to their CRC:
-    torch itself checks none of these. Raises UserError naming the file.
+    torch itself checks none of these. Raises UserError naming the file, behind the option that asks for it.
     """
-    path = Path(path)
+    path, name = Path(path), f"{option} {path}".strip()
     if not path.is_file():
-        raise UserError(f"{path}: no such file{' (a folder: name the best.pt in it)' if path.is_dir() else ''}")
+        raise UserError(f"{name}: no such file{' (a folder: name the best.pt in it)' if path.is_dir() else ''}")
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
@@ -561,10 +562,10 @@ def load_weights(path):
                 check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: no weights file, or one that holds pickled code: refused, nothing was run") from None
+        raise UserError(f"{name}: no weights file, or one that holds pickled code: refused, nothing was run") from None
     except Exception as fault:                                          # torch raises at least six kinds on a damaged file
         reason = (str(fault) or type(fault).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: damaged or no weights file ({reason}); restore it from a copy or train again") from None
+        raise UserError(f"{name}: damaged or no weights file ({reason}); restore it from a copy or train again") from None
     return content.get("state_dict", content) if isinstance(content, dict) else content
 
 
