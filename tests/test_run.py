@@ -21,7 +21,6 @@ import tarfile
 import time
 import traceback
 import types
-import typing
 import zipfile
 from pathlib import Path
 
