@@ -355,7 +355,7 @@ class Networks(nn.Module):
         mult, attention, ae_mult = (tuple(int(n) for n in text.split(",") if n) for text in (config.mult, config.attention, config.ae_mult))
         if config.autoencoder:
             try:
-                self.autoencoder = autoencoder_from(run.load_weights(config.autoencoder))
+                self.autoencoder = autoencoder_from(run.load_weights(config.autoencoder, "--autoencoder"))
             except ValueError as fault:
                 raise run.UserError(f"--autoencoder {config.autoencoder}: {fault}") from None
         else:
@@ -453,7 +453,7 @@ def build(config, facts):
 
 def other_guide(path, facts):
     """The plain ResNet of another run's checkpoint, which guides by what it sees in decoded images (appendix H)."""
-    content = run.load_weights(path)
+    content = run.load_weights(path, "--guide")
     held = {k.removeprefix("resnet."): v for k, v in content.get("ema", {}).items() if k.startswith("resnet.")} if isinstance(content, dict) else {}
     if not held or list(content.get("facts", {}).get("classes", [])) != list(facts["classes"]):
         raise run.UserError(f"--guide {path}: no run's checkpoint with a plain ResNet of the classes {', '.join(facts['classes'])}")

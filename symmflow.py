@@ -389,6 +389,8 @@ def build(config, facts):
         raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
     if config.latent != "none" and not config.autoencoder:
         raise run.UserError(f"--latent {config.latent}: needs --autoencoder FILE")
+    if config.latent == "none" and config.autoencoder:
+        raise run.UserError(f"--autoencoder {config.autoencoder}: would not be used; add --latent grid or --latent rgb")
     if config.latent == "rgb" and config.codes != "rgb":
         raise run.UserError(f"--latent rgb --codes {config.codes}: only the palette can be encoded as a picture; take --latent grid, or add --codes rgb --label-loss map")
     try:

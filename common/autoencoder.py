@@ -189,7 +189,7 @@ class Codec:
 
     def __init__(self, path):
         try:
-            self.net = autoencoder_from(run.load_weights(path))
+            self.net = autoencoder_from(run.load_weights(path, "--autoencoder"))
         except ValueError as fault:
             raise run.UserError(f"--autoencoder {path}: {fault}") from None
         self.id, self.path, self.known = run.file_id(path), path, {}
@@ -239,14 +239,14 @@ def pyramid(x, x_hat):
 VGG = ((64, 0, 2), (128, 5, 7), (256, 10, 12, 14), (512, 17, 19, 21), (512, 24, 26, 28))        # stages: channels, torchvision's numbers
 
 
-def read_weights(path, shapes, what):
+def read_weights(path, shapes, what, option):
     """The tensors {name: shape} of a file, float32 and frozen. Raises run.UserError naming the file and the first that does not fit."""
-    weights = run.load_weights(path)
+    weights = run.load_weights(path, option)
     for name, shape in shapes.items():
         tensor = weights.get(name) if isinstance(weights, dict) else None
         given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
         if given != shape:
-            raise run.UserError(f"{path}: {name} is {given}, must be {shape}; needed: {what}")
+            raise run.UserError(f"{option} {path}: {name} is {given}, must be {shape}; needed: {what}")
     return {name: weights[name].detach().float() for name in shapes}
 
 
@@ -269,8 +269,8 @@ class Perceptual:
                 features |= {f"features.{i}.weight": (c, c_in, 3, 3), f"features.{i}.bias": (c,)}
                 c_in = c
         self.weights = {"shift": torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), "scale": torch.tensor([.458, .448, .450]).view(1, 3, 1, 1)}
-        self.weights |= read_weights(vgg, features, "VGG16 of torchvision") if vgg else {}
-        self.weights |= read_weights(lins, lin, "LPIPS's weights for VGG16") if lins else {name: torch.tensor(.1) for name in lin}
+        self.weights |= read_weights(vgg, features, "VGG16 of torchvision", "--vgg") if vgg else {}
+        self.weights |= read_weights(lins, lin, "LPIPS's weights for VGG16", "--lpips") if lins else {name: torch.tensor(.1) for name in lin}
 
     def __call__(self, x, x_hat):
         if self.tier == "pyramid":

@@ -99,6 +99,8 @@ class Canvas:
 
     def save(self, path):
         path = Path(path)
+        if os.environ.get("RANK", "0") != "0":                          # of several processes, under torchrun, one draws
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.getpid()}.{path.name[-40:]}.tmp")
         try:

@@ -23,7 +23,7 @@ import sys
 import time
 import typing
 import zipfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class WorkError(Exception):
 
 # ----------------------------------------------------------------------------- settings and command line
 
+@cache
 def field_comments(Config):
     """The comment behind each field of the dataclass, which is its help text: {name: (group, comment)}."""
     found, group = {}, ""
@@ -163,6 +164,8 @@ def command_line(argv, method, more):
         parser.add_argument(option, **arguments)
     add_options(parser, method.Config, names)
     try:
+        if name in more and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"{name}: is the work of one process; leave out torchrun")
         with signals():
             function(**vars(parser.parse_args(argv)))
         sys.stdout.flush()
@@ -182,10 +185,13 @@ def command_line(argv, method, more):
     except (WorkError, OSError) as fault:
         code, message = 1, str(fault)
     except (RuntimeError, MemoryError) as fault:                        # of the CPU's memory torch has no class of its own
-        if isinstance(fault, RuntimeError) and not re.search("out of memory|allocate memory|not enough memory|size calculation", str(fault)):
-            raise
         code, reason = 1, re.sub(r"^\[.*?\] .*?\. ", "", f"{fault} ").split(". ")[0]
-        message = f"out of memory ({reason}): try a smaller --batch-size with --grad-accum, or --size"
+        if isinstance(fault, MemoryError) or re.search("out of memory|allocate memory|not enough memory|size calculation", str(fault)):
+            message = f"out of memory ({reason}): try a smaller --batch-size with --grad-accum, or --size"
+        elif world() > 1 and re.search("gloo|NCCL|[Cc]onnection", str(fault)):
+            message = "another process of this run has ended or does not answer; its own message says why; then go on from the last checkpoint with --resume"
+        else:
+            raise
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
 
@@ -205,6 +211,8 @@ def evaluate_command(method, checkpoint, output="", **given):
     config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
     data = method.load_for(config, facts)
     predictions, uncertainty = method.evaluate(nets, data.test, config, device)
+    if rank() > 0:
+        return
     result = score(data.test, predictions | method.shortcut(data), uncertainty[config.uncertainty])
     out = result_folder(output, checkpoint, "eval", config)
     write_evaluation(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
@@ -218,6 +226,8 @@ def predict_command(method, checkpoint, paths, output="", **given):
     split, problems = method.read_split(paths, config, facts)
     seeds = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids])       # the same file has the same noise in any folder
     predictions, uncertainty = method.evaluate(nets, seeds, config, device)
+    if rank() > 0:
+        return
     p, classes, out = predictions[method.METHOD], facts["classes"], result_folder(output, checkpoint, "predict", config)
     write_predictions(out / "predictions.csv", split, p, uncertainty[config.uncertainty], classes)
     votes = getattr(nets, "votes", None)                                # the diffusion classifier's, (N, K)
@@ -419,6 +429,11 @@ def gather(rows):
 @torch.no_grad()
 def update_ema(ema, nets, decay, step):
     """ema <- d ema + (1 - d) nets, d = min(decay, (1 + step) / (10 + step)); batch norm statistics included."""
+    if world() > 1 and next(nets.parameters()).device.type != "cuda":   # statistics of its own share: `place` shares them on CUDA alone
+        for name, buffer in nets.named_buffers():
+            if "running_" in name:
+                dist.all_reduce(buffer)
+                buffer /= world()
     d = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(ema.state_dict().values(), nets.state_dict().values()))
     floats = [(a, b) for a, b in pairs if a.is_floating_point()]
@@ -544,15 +559,15 @@ def save(path, content):
         raise WorkError(f"{path}: cannot save: {reason}; the last good file is unchanged: make room, then --resume") from None
 
 
-def load_weights(path):
+def load_weights(path, option=""):
     """Tensors and plain values from .pt .pth .ckpt (torch) or .safetensors. Runs no code from the file.
 
     A torch file's zip entries must be stored (not compressed), no larger than the file together, and true to their CRC:
-    torch itself checks none of these. Raises UserError naming the file.
+    torch itself checks none of these. Raises UserError naming the file, behind the option that asks for it.
     """
-    path = Path(path)
+    path, name = Path(path), f"{option} {path}".strip()
     if not path.is_file():
-        raise UserError(f"{path}: no such file{' (a folder: name the best.pt in it)' if path.is_dir() else ''}")
+        raise UserError(f"{name}: no such file{' (a folder: name the best.pt in it)' if path.is_dir() else ''}")
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
@@ -561,10 +576,10 @@ def load_weights(path):
                 check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: no weights file, or one that holds pickled code: refused, nothing was run") from None
+        raise UserError(f"{name}: no weights file, or one that holds pickled code: refused, nothing was run") from None
     except Exception as fault:                                          # torch raises at least six kinds on a damaged file
         reason = (str(fault) or type(fault).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: damaged or no weights file ({reason}); restore it from a copy or train again") from None
+        raise UserError(f"{name}: damaged or no weights file ({reason}); restore it from a copy or train again") from None
     return content.get("state_dict", content) if isinstance(content, dict) else content
 
 

@@ -588,7 +588,7 @@ def test_a_perceptual_file_that_does_not_fit_is_refused_by_name_and_tensor(files
     paths[which] = tmp_path / "bad.pth"
     with pytest.raises(run.UserError) as caught:
         Perceptual(*paths)
-    assert str(caught.value).startswith(f"{tmp_path / 'bad.pth'}: {words}") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{('--vgg', '--lpips')[which]} {tmp_path / 'bad.pth'}: {words}") and "\n" not in str(caught.value)
 
 
 def test_perceptual_files_that_are_none_or_stand_alone_or_in_the_others_place_are_refused(files, tmp_path):
