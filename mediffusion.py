@@ -454,8 +454,9 @@ def build(config, facts):
 def other_guide(path, facts):
     """The plain ResNet of another run's checkpoint, which guides by what it sees in decoded images (appendix H)."""
     content = run.load_weights(path, "--guide")
-    held = {k.removeprefix("resnet."): v for k, v in content.get("ema", {}).items() if k.startswith("resnet.")} if isinstance(content, dict) else {}
-    if not held or list(content.get("facts", {}).get("classes", [])) != list(facts["classes"]):
+    ema, theirs = (content.get(k) if isinstance(content, dict) else None for k in ("ema", "facts"))
+    held = {str(k).removeprefix("resnet."): v for k, v in ema.items() if str(k).startswith("resnet.")} if isinstance(ema, dict) else {}
+    if getattr(held.get("conv1.weight"), "ndim", 0) != 4 or not isinstance(theirs, dict) or theirs.get("classes") != list(facts["classes"]):
         raise run.UserError(f"--guide {path}: no run's checkpoint with a plain ResNet of the classes {', '.join(facts['classes'])}")
     net = ResNet(18, facts["channels"], len(facts["classes"]), held["conv1.weight"].shape[0], "small" if held["conv1.weight"].shape[-1] == 3 else "imagenet", False)
     try:

@@ -170,6 +170,8 @@ def load_autoencoder(net, weights):
 
 def autoencoder_from(weights):
     """An AutoencoderKL of the sizes that the weights have, loaded and frozen. ValueError where they are no autoencoder's."""
+    if not isinstance(weights, dict):
+        raise ValueError("is no KL autoencoder (no tensors with names)")
     found = [int(m[1]) for key in weights if (m := re.search(r"encoder\.down(?:_blocks)?\.(\d+)\.", str(key)))]
     shapes = {rename(str(key), 1 + max(found, default=0)): tensor.shape for key, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
     try:

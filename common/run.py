@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 import zipfile
 from functools import cache, partial
 from pathlib import Path
@@ -574,7 +575,9 @@ def load_weights(path, option=""):
         with open(path, "rb") as f:
             if f.read(4) == b"PK\x03\x04":
                 check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():                                 # of an odd pickle protocol torch warns, and then refuses it
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{name}: no weights file, or one that holds pickled code: refused, nothing was run") from None
     except Exception as fault:                                          # torch raises at least six kinds on a damaged file
@@ -623,14 +626,18 @@ def read_safetensors(path):
 
 def load_checkpoint(path, method):
     """A checkpoint of this method, as `save` wrote it; UserError if it is anything else."""
-    content = load_weights(path)
-    kinds = {"format": int, "method": str, "config": dict, "facts": dict, "ema": dict}
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
-        raise UserError(f"{path}: not a checkpoint of this project; take a run's best.pt or last.pt")
+    content, alien = load_weights(path), UserError(f"{path}: not a checkpoint of this project; take a run's best.pt or last.pt")
+    holds = lambda inside, kinds: isinstance(inside, dict) and all(isinstance(inside.get(k), kind) for k, kind in kinds.items())
+    if not holds(content, {"format": int, "method": str, "config": dict, "facts": dict, "ema": dict}):
+        raise alien
     if content["method"] != method:
         raise UserError(f"{path}: a checkpoint of {content['method']}: use python {content['method']}.py")
     if content["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer version of this project (format {content['format']}): update")
+    facts, ema = content["facts"], content["ema"]
+    if not holds(content["config"], {"data": str, "root": str}) or not holds(facts, {"classes": list, "channels": int, "multilabel": bool}) \
+            or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) or not all(map(torch.is_tensor, ema.values())):
+        raise alien
     return content
 
 
@@ -720,16 +727,19 @@ class State:
 
     def load(self, path):
         content = load_checkpoint(path, self.method)
-        self.nets.load_state_dict(content["nets"])
-        self.ema.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        for k in self.POSITION:
-            setattr(self, k, content["position"][k])
-        device = next(self.nets.parameters()).device
-        self.sums = {k: v.to(device) for k, v in self.sums.items()}
-        if content["threads"] != torch.get_num_threads():               # sums split over other threads round otherwise
-            print(f"note: going on with {content['threads']} threads, as the run began", file=sys.stderr)
-            torch.set_num_threads(content["threads"])
+        try:
+            self.nets.load_state_dict(content["nets"])
+            self.ema.load_state_dict(content["ema"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            for k in self.POSITION:
+                setattr(self, k, content["position"][k])
+            device, threads = next(self.nets.parameters()).device, content["threads"]
+            self.sums = {k: v.to(device) for k, v in self.sums.items()}
+            if threads != torch.get_num_threads():                      # sums split over other threads round otherwise
+                torch.set_num_threads(threads)
+                print(f"note: going on with {threads} threads, as the run began", file=sys.stderr)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault:
+            raise UserError(f"{path}: cannot be resumed ({' '.join(str(fault).split())[:150]}); was it written by another version of this project?") from None
 
     def add(self, losses, weight):
         """Sums losses over an epoch, on the device: scalars for their mean, (2, 10) for sum and count by tenths of t."""
@@ -784,7 +794,7 @@ def load_pretrained(net, path):
         load_backbone(net, load_weights(path))
     except UserError as fault:
         raise UserError(f"--pretrained {fault}") from None
-    except (ValueError, AttributeError) as fault:
+    except (ValueError, AttributeError, TypeError, IndexError, RuntimeError) as fault:
         raise UserError(f"--pretrained {path}: {fault}; needed: torchvision's ResNet-{net.depth} weights, --size 100 or more") from None
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import data
-from data import Batches, DataError, Split, batches, cache, images, splits
+from data import Batches, DataError, Split, aptos2019, batches, cache, chestxray14, ham10000, images, isic2019, isic2020, splits
 from data.__main__ import main
 from data.tables import Record, read_columns, read_table
 from tests.loading import noted
@@ -470,6 +470,13 @@ def test_a_file_that_is_no_table_is_one_line(tmp_path, content):
     with pytest.raises(DataError, match="t.csv") as caught:
         read_table(tmp_path / "t.csv")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", [aptos2019, chestxray14, ham10000, isic2019, isic2020], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "a/../../b.png", "..\\b.png", "C:\\b.png", "C:b.png", "//host/b.png", "a\0b"])
+def test_no_name_in_a_table_leads_out_of_the_folder(module, name, tmp_path):
+    with pytest.raises(DataError, match="line 2: .* is no image"):
+        module._image_id(name, tmp_path / "table.csv", 2)
 
 
 # ------------------------------------------------------------------------------------------------ load

@@ -187,6 +187,20 @@ def test_the_real_folder_is_600_200_200_and_its_leak_is_found(root):
     assert not noted(mended, "LEAK") and sum(sizes(mended)) == 1000 and not set(mended.train.groups) & set(mended.test.groups)
 
 
+def test_a_folders_tables_know_only_the_images_below_it(root, tmp_path):
+    """chexpert, whose tables hold paths, has such a test of its own."""
+    outside = tmp_path / "outside.png"
+    fill(root, a=12, b=12)
+    Image.new("RGB", (8, 8)).save(outside)
+    for name in "../outside.png", str(outside), f"a/../../{outside.name}":
+        write_groups(root, [f"{name},p"])
+        assert noted(data.load("folder", root, size=8), f"1 files that are not there, first: {name}")
+        (root / "findings.csv").write_text(f"file,Mass\n{name},1\n")
+        with pytest.raises(DataError, match="none of its 1 images"):
+            data.load("folder", root, size=8)
+        (root / "findings.csv").unlink()
+
+
 # ------------------------------------------------------------------------------------------------ multi-label
 def findings(root, n=60, part="pictures", header="file,Mass,Pleural Fluid", change=lambda s: s):
     """n images, two in three of them without a finding, and a row each in findings.csv."""

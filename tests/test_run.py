@@ -332,10 +332,10 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
     path = checkpoint(tmp_path / "w.pt")
     original, seed = run.load_weights(path), random.randrange(10 ** 6)
     print("seed", seed)
-    counts = flipped(path, original, random.Random(seed).sample(range(8 * path.stat().st_size), 200))
+    counts = flipped(path, original, random.Random(seed).sample(range(8 * path.stat().st_size), 500))
     print(counts)
-    assert counts["refused"] + counts["same"] == 200, counts
-    assert counts["refused"] > 100
+    assert counts["refused"] + counts["same"] == 500, counts
+    assert counts["refused"] > 250
 
 
 @pytest.mark.slow
@@ -360,6 +360,14 @@ def test_a_file_cut_short_anywhere_is_refused(name, tmp_path):
         path.write_bytes(raw[:length])
         with pytest.raises(run.UserError, match=re.escape(str(path))):
             run.load_weights(path)
+
+
+def test_of_an_odd_pickle_protocol_no_warning_stands_beside_the_line(tmp_path, recwarn):
+    torch.save({"w": torch.ones(2)}, path := tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"\x80\x02", b"\x80\x96"))
+    with contextlib.suppress(run.UserError):
+        run.load_weights(path)
+    assert not recwarn.list
 
 
 def test_a_file_that_is_no_checkpoint_of_this_method_is_refused_by_name(tmp_path):

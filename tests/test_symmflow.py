@@ -1588,8 +1588,9 @@ def test_fine_tuning_takes_the_weights_and_keeps_its_own_codes_and_temperature(t
 
 def test_a_run_on_pixels_can_be_the_start_of_one_on_latents(tmp_path, latent):
     facts, split = dict(channels=3, classes=list("abcde"), multilabel=False), pictures(8)
-    before = symmflow.build(tiny(codes="onehot"), facts)
-    run.save(tmp_path / "best.pt", dict(format=1, method="symmflow", config={}, facts=facts, ema=before.state_dict()))
+    old = tiny(codes="onehot")
+    before = symmflow.build(old, facts)
+    run.save(tmp_path / "best.pt", dict(format=1, method="symmflow", config=dataclasses.asdict(old), facts=facts, ema=before.state_dict()))
     config, nets = latent_networks(latent, latent_scale=0., init=str(tmp_path / "best.pt"))
     symmflow.initialise(nets, DataSet(split, split, split, facts["classes"], False, 3), config)
     with torch.no_grad():
