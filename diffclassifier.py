@@ -6,10 +6,10 @@ model of images learns to denoise with the class given. To classify, the image i
 time the class with the least error has a vote. Classes share the noise, so that only what they change is compared.
 
     z = a x + s eps,  a^2 = sigmoid(l), s^2 = sigmoid(-l), l the log-SNR at t ~ U(0, 1)       `diffuse`, common/schedules.py
-    v = a eps - s x;  eps_hat = s z + a v_hat;  x_hat = a z - s v_hat                          `epsilon`
+    v = a eps - s x;  eps_hat = s z + a v_hat;  x_hat = (z - s eps_hat) / a                    `epsilon`, `draw`
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
-    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li)  `rules`
+    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li), the likeliest c by Bayes' rule      `rules`
     elbo: least mean of -dl/dt E;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
     the n whose l lies in the j-th of ten ranges, w and b fitted on validation                 `bucket_differences`, `fit` in common/votes.py
 
@@ -24,12 +24,12 @@ M images, N noise levels an image, K classes; all rules read one array of errors
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
- 2. Class: added to the time embedding, as their cross-attention to one token does. One table of classes, one null token, one dropout, in the EMA;
+ 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias a class, at 16x16 and 8x8 alone. One table, in the EMA;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
  3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
- 4. Noise levels: independent draws (--stratified: one in each N-th of 0..1, in random order, as stops need). An eliminated class cannot win, theirs can.
+ 4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). Eliminated classes lose.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
- 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halved wavelets are the rest of the shift. Theirs shifts by 256 as well.
+ 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halving the wavelets is the other factor 4. Theirs shifts by 256 and halves.
 
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
 at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
@@ -66,20 +66,20 @@ METHOD = "diffclassifier"
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the authors' code's. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, chexpert, isic2020, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
     size: int = 256  # [8..2048] pixels a side; 32 for toy, 64 for --scale small
-    split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
+    split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which may leak
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
     augment: str = ""  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
     balanced: bool = False  # draw every class equally often in training; probabilities of the plain ResNet then take the classes' shares into account
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
-    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
     # --- training ---
@@ -228,7 +228,7 @@ def rules(nets, config, error, alive, t):
     """{rule: probabilities (M, K)} of errors (M, N, K) at times t (M, N); a class that is not alive (M, K) was eliminated, and cannot win."""
     side, t = nets.shape[-1], torch.from_numpy(t).double()
     slope = shifted_cosine_slope(t, config.noise_d, max(side, config.noise_d)).numpy()[..., None]
-    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # 0 .. 1: a tie of votes goes to the lower mean error
+    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # 0 .. 1. p of majority: votes + 1/2, ties to the lower mean error
     differences = bucket_differences(error, logsnr(config, t, side).numpy())
     scores = {"majority": np.log(count_votes(error) + .5 + .1 * lower), "mean": mean_scores(error, alive), "elbo": mean_scores(error, alive, slope),
               "learned": nets.bias.cpu().numpy() - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}
@@ -430,7 +430,7 @@ def judge(nets, config, split, device):
             with run.autocast(config, device):
                 found = errors(nets, config, torch.cat([x[i] for i, _ in rows]), level, eps, *torch.tensor(pairs, device=device).T)
             for (r, k), e in zip(pairs, found.sum((1, 2, 3)).tolist()):
-                error[*rows[r], k] = e
+                error[(*rows[r], k)] = e
             for i in list(x):
                 done[i] += levels
                 classes = survivors(error[i, :done[i]], np.flatnonzero(alive[i]), config)
@@ -446,7 +446,7 @@ def judge(nets, config, split, device):
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=None):
     """Every model on a whole split: ({model: probabilities (M, K)}, {kind: uncertainty (M,)}); the method, by its rule, comes first.
-    joint: given while training, when `val_votes` levels and the majority have to do."""
+    joint: given while training: `val_votes` levels, by majority."""
     nets.eval()
     if joint is not None:
         config = dataclasses.replace(config, votes=config.val_votes, stop="none", rule="majority")

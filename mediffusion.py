@@ -8,8 +8,8 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
     z = E(x);  z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps                                          `q_sample`
     H_t = means over pixels of the ten tensors of the U-Net's encoder; g(y | H_0), two layers   `features`, `Networks.classify`
     L = |eps_hat(z_t, t) - eps|^2 over all images + w L_class(g(y | H_0)) over those with labels         eq. 1 and below   `train_step`
-    eps' = eps_hat - s sqrt(1 - ab_t) grad_z log g(y | .)                                       eq. 2   `guided`
-    x' = D(z'), z' denoised so from z_T, 50 < T < 300: "remove" leads away from a label, "enforce" to it           `counterfactual`
+    eps' = eps_hat - s sqrt(1 - ab_t) grad_z log g(y | .)                     eq. 2, which leaves out s   `guided`
+    x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
 B images, K labels; multi-label data have K sigmoids, single-label data a softmax. `--labels 0.1` shows the classifier a tenth of the labels.
 
@@ -17,19 +17,18 @@ B images, K labels; multi-label data have K sigmoids, single-label data a softma
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019
     python mediffusion.py predict --checkpoint RUN/best.pt a.png folder/
     python mediffusion.py explain --checkpoint RUN/best.pt --target Cardiomegaly --remove a.png
-    python mediffusion.py sample --checkpoint RUN/best.pt --label Effusion -n 16 --guidance 300
+    python mediffusion.py sample --checkpoint RUN/best.pt --label Effusion -n 16
 
 Read differently from the paper, and why
- 1. Appendix C swaps two terms: its code adds the perceptual one from the start with weight 1, the GAN from step 50,001 with weight 0.5. LPIPS needs
-    VGG's weights from files (--vgg, --lpips); without them a weight-free pyramid takes its place, and every record says which of them it was.
+ 1. Appendix C swaps two terms: the perceptual one is there from the start (weight 1), the GAN from step 50,001 (0.5). Without --vgg and --lpips: a pyramid.
  2. Attention "at 4x4, 2x2, 1x1" are downsampling factors: every level. "10,000 features by average pooling" is the mean over all pixels: 5,632.
  3. The joint loss is a sum; the paper's minus is a slip. Labels of all 14 findings (8 classes in ISIC); "No Finding" is none.
- 4. Eq. 2 classifies z_t. The authors' code classifies what the U-Net takes for z_0, with the embedding of t: --guide-on.
- 5. The classifier is trained every 4th step in the code: --cls-every. Clean latents at t = 0; a sample of the posterior to train, its mean to test.
- 6. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
- 7. Validation, not the test split, selects. Which images have labels goes by patient. What is reported of a counterfactual is what guidance
-    changed beside the same noise without it: the way through the autoencoder and the noise changes a picture, too.
- 8. Images are mirrored, not cropped at random as in the authors' code, so that their latents can be computed once.
+ 4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with the embedding of t (--guide-on), and it learns every 4th step (--cls-every).
+ 5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
+ 6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
+ 7. Images are mirrored, not cropped at random, so that latents can be computed once: of the posterior a sample to train, its mean to test, clean at t = 0.
+ 8. Recipe plus trains alike and fits a temperature; its guidance has unit length (--guide-unit) and goes through the encoder (--guide-through), on a short
+    way (--edit-steps), holds the other answers (--hold-labels), rests at the goal (--guide-goal) and keeps the strongest change (--edit-keep).
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -67,10 +66,10 @@ class Config:
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
     augment: str = "hflip"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
-    balanced: bool = False  # draw every class equally often, of the images with labels
+    balanced: bool = False  # draw every class equally often, of the images with labels; probabilities are not corrected for it
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
-    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
     # --- training ---
@@ -123,7 +122,7 @@ class Config:
     cls_every: int = 4  # [1..] steps from one classification loss to the next
     cls_noise: int = 0  # [0..] the classifier sees latents of up to so many noise levels in training; 0: clean ones
     feature_times: str = "0"  # noise levels at which features are taken, their mean is classified; 0: of the clean latent
-    consistency: float = 0.  # [0..] weight of agreement with the average network's answers on all images
+    consistency: float = 0.  # [0..] weight of agreement with the EMA network's answers on all images (mean teacher, Tarvainen & Valpola 2017)
     guide: str = "own"  # what leads: own, or the checkpoint of another run, whose plain ResNet sees the decoded image (appendix H)
     guide_on: Literal["x0hat", "zt"] = "x0hat"  # what is classified: the U-Net's guess of z_0 (the authors' code), or z_t (eq. 2)
     guide_through: Literal["unet", "encoder"] = "unet"  # the gradient of the guess: through the whole U-Net, or as if eps_hat were constant
@@ -135,9 +134,9 @@ class Config:
     guidance: float = 300.  # [0..] s, where images are drawn
     draw_steps: int = 50  # [1..] of the reverse process
     eta: float = 0.  # [0..1] its noise: 0 DDIM, 1 DDPM
-    remove_start: int = 300  # [1..] T, from which a finding is removed
+    remove_start: int = 300  # [1..] noise level from which a finding is removed
     remove_scale: float = 500.  # [0..] s for it
-    enforce_start: int = 200  # [1..] T, from which a finding is enforced
+    enforce_start: int = 200  # [1..] noise level from which a finding is enforced
     enforce_scale: float = 200.  # [0..] s for it
     edit_steps: int = 0  # [0..] of the reverse process of counterfactuals; 0: each level
     edit_eta: float = 1.  # [0..1] its noise
@@ -150,7 +149,7 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(calibrate=True, guide_on="x0hat", guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+PLUS = dict(calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
@@ -180,8 +179,7 @@ def q_sample(z, eps, ab):
 
 
 def levels(start, n):
-    """The noise levels of a reverse process from `start` (levels 0 .. start - 1), falling: each, for n = 0, or n of them, as DDIM's code has them:
-    981, 961, .. 1 of 1000 in 50 steps."""
+    """The noise levels of a reverse process, start - 1 down to 0 (n = 0), or n of them, as DDIM's code has them: 981, 961, .. 1 of 1000 in 50 steps."""
     n = min(n, start)
     return list(range(start))[::-1] if n in (0, start) else [i * start // n + 1 for i in range(n)][::-1]
 
@@ -252,7 +250,7 @@ def train_step(nets, ema, config, batch, joint):
         losses |= diffusion_loss(nets, config, z)
     if config.variant == "no_diffusion" or step >= config.cls_start and step % config.cls_every == 0:
         losses["classifier"] = class_loss(nets.head(features(nets, config, nets.latents(few.x, few, noise=True))), few.y)
-    if config.consistency:                                              # the average network, which sees it clean, teaches
+    if config.consistency:                                              # mean teacher: the EMA network, which sees it clean
         with torch.no_grad():
             agreed = ema.answers(ema.head(features(ema, dataclasses.replace(config, cls_noise=0), z)))
         losses["consistency"] = (nets.answers(nets.head(features(nets, config, z))) - agreed).square().mean()
@@ -304,7 +302,7 @@ def guided(nets, config, z_t, t, aim):
 
 @torch.no_grad()
 def reverse(nets, config, z, start, n, eta, names, aim=None):
-    """Latents z, noised to level start - 1, -> clean ones, in n steps (0: each level). The noise of a step goes by the image's name."""
+    """Latents z, noised to the first of `levels(start, n)`, -> clean ones, in n steps (0: each level). The noise of a step goes by the image's name."""
     way, ab = levels(start, n), nets.alpha_bar.double().tolist()
     for i, (t, s) in enumerate(zip(way, [*way[1:], -1])):
         eps = guided(nets, config, z, t, aim) if aim and aim.scale else nets.unet(z, torch.full((len(z),), t, device=z.device)).float()
@@ -313,6 +311,7 @@ def reverse(nets, config, z, start, n, eta, names, aim=None):
     return z
 
 
+@torch.no_grad()
 def draw(nets, config, labels, names, scale, device):
     """Images (B, channels, H, W) of labels (B,), led by guidance s = scale from noise that goes by their names."""
     z = run.image_noise(config.seed, names, nets.shape, device)
@@ -334,7 +333,8 @@ def counterfactual(nets, config, x, label, enforce, names):
     part, as the masks of Jeanneret et al. 2023 (ACE). `enforce`: True or False, for all."""
     z, start = nets.latents(x), min(config.enforce_start if enforce else config.remove_start, config.timesteps)
     eps = run.image_noise(config.seed, [f"{name} start" for name in names], z.shape[1:], z.device)
-    z_t, logits = q_sample(z, eps, nets.alpha_bar[levels(start, config.edit_steps)[0]]), nets.head(features(nets, config, z, names))
+    z_t = q_sample(z, eps, nets.alpha_bar[levels(start, config.edit_steps)[0]])
+    logits = nets.head(features(nets, config, z, names)) if config.guide == "own" else nets.other(nets.decoded(z))     # of who guides
     aim = Aim(label, torch.full_like(label, enforce, dtype=torch.bool), config.enforce_scale if enforce else config.remove_scale, z, logits)
     led, control = (nets.decoded(reverse(nets, config, z_t, start, config.edit_steps, config.edit_eta, names, to)).clamp(-1, 1) for to in (aim, None))
     if config.edit_keep < 1:                                            # squares just under a latent's pixel
@@ -456,9 +456,9 @@ def other_guide(path, facts):
     content = run.load_weights(path, "--guide")
     ema, theirs = (content.get(k) if isinstance(content, dict) else None for k in ("ema", "facts"))
     held = {str(k).removeprefix("resnet."): v for k, v in ema.items() if str(k).startswith("resnet.")} if isinstance(ema, dict) else {}
-    if getattr(held.get("conv1.weight"), "ndim", 0) != 4 or not isinstance(theirs, dict) or theirs.get("classes") != list(facts["classes"]):
+    if getattr(first := held.get("conv1.weight"), "ndim", 0) != 4 or not isinstance(theirs, dict) or theirs.get("classes") != list(facts["classes"]):
         raise run.UserError(f"--guide {path}: no run's checkpoint with a plain ResNet of the classes {', '.join(facts['classes'])}")
-    net = ResNet(18, facts["channels"], len(facts["classes"]), held["conv1.weight"].shape[0], "small" if held["conv1.weight"].shape[-1] == 3 else "imagenet", False)
+    net = ResNet(18, facts["channels"], len(facts["classes"]), len(first), "small" if first.shape[-1] == 3 else "imagenet", bool((content.get("config") or {}).get("pretrained")))
     try:
         net.load_state_dict(held)
     except RuntimeError as fault:
@@ -473,6 +473,8 @@ def by_share(share):
 
 def initialise(nets, data, config):
     """Sets what depends on the share of labels; loads ImageNet weights and those of another run, where asked for."""
+    if config.variant == "joint" and (steps := config.epochs * len(Batches(data.train, config.batch_size, train=True))) <= config.cls_start:
+        raise run.UserError(f"--cls-start {config.cls_start}: this run ends after {steps} steps, its classifier would never learn; take {steps // 40}, or more --epochs")
     head_lr, weight = by_share(len(data.train.few[0]) / len(data.train))
     nets.head_lr.fill_(config.head_lr or head_lr)
     nets.cls_weight.fill_(config.cls_weight or weight)
@@ -501,8 +503,7 @@ def learning_rate(config, group, epoch):
 # ============================================================================= 6 evaluation
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
-    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,), or (N, K) of several labels}); the method comes first.
-    In stage 1 there is nothing to say yet."""
+    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,) or (N, K)}); the method comes first. Stage 1 says nothing yet."""
     nets.eval()
     if not joint:
         return {}, {}
@@ -560,12 +561,12 @@ def changed(nets, config, split, k, enforce, device, judge=None):
 
 def judged(seen, k, enforce, boxes=None):
     """Numbers of a Changed for label k, each model's: mean probability of the image, of the control, of the counterfactual; what guidance changed
-    (`diff`, counterfactual - control) and, of the other labels, the mean of |mean change| (the paper's) and of |change|; whether this classifier's
-    own answer is now the one aimed at; and the share of the change, and of the area, in the boxes (N, 4) of the label, where known."""
+    (`diff`, counterfactual - control) and, of the others, the mean of |mean change| (the authors' code) and of |change| (the paper's words); the share of
+    images that now are on the side of 1/2 aimed at (some were before); the share of the change, and of the area, in the label's boxes (N, 4), where known."""
     found = {}
     for model, p in seen.p.items():
         change = p["guided"] - p["control"]
-        others = np.delete(change, k, 1)
+        others = np.delete(change, k, 1) if change.shape[1] > 1 else np.zeros_like(change)
         found[model] = {name: float(of[:, k].mean()) for name, of in p.items()} | {
             "diff": float(change[:, k].mean()), "other_diff": float(np.abs(others.mean(0)).mean()), "other_abs": float(np.abs(others).mean())}
     found["flipped"] = float(np.mean((seen.p[METHOD]["guided"][:, k] > .5) == enforce))

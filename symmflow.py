@@ -74,8 +74,8 @@ class Config:
     augment: str = "hflip,vflip"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
     balanced: bool = False  # draw every class equally often in training; probabilities then take the classes' shares into account
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores
-    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
     # --- training ---

@@ -886,16 +886,17 @@ def validation(split, predictions, method):
 def score(split, predictions, uncertainty, train_labels=None, ci=1000):
     """Metrics of every model on one split: {"test": of the first model, "baselines": of the others, "bayes"}.
 
-    predictions: {model: probabilities (N, K)}, the method first; uncertainty (N,), multi-label (N, K), belongs to the method.
+    predictions: {model: probabilities (N, K)}, the method first; uncertainty (N,), multi-label (N, K), belongs to the method. Intervals draw whole
+    patients or lesions, where they are known.
     """
     (_, p), *others = predictions.items()
-    result = {"test": metrics.summary(split.labels, p, uncertainty=uncertainty, ci=ci), "baselines": {}}
+    result = {"test": metrics.summary(split.labels, p, uncertainty=uncertainty, ci=ci, groups=split.groups), "baselines": {}}
     if train_labels is not None:
         counts, known = class_counts(train_labels, p.shape[1])
         majority = counts / np.maximum(known, 1)                        # a label that no image shows: 0
         result["baselines"]["majority"] = metrics.summary(split.labels, np.tile(majority, (len(split), 1)))
     for name, q in others:
-        result["baselines"][name] = metrics.summary(split.labels, q, ci=ci)
+        result["baselines"][name] = metrics.summary(split.labels, q, ci=ci, groups=split.groups)
     if split.posterior is not None:
         result["bayes"] = metrics.summary(split.labels, split.posterior)
     result["accuracy_by_coverage"] = {name: [list(map(float, pair)) for pair in zip(*line)] for name, line in selective(split, predictions, uncertainty).items()}

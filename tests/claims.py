@@ -435,7 +435,7 @@ def counterfactuals(folder, n=64, boxed=False):
 
 def counterfactuals_table(record, arms=("plus", "the paper's")):
     """The README's table: what the judge says, and where the change is; Diff = counterfactual - control."""
-    lines = ["| | judge: image | control | counterfactual | Diff | Other diff of means | of sizes | own label flipped | change in the box | in a random box |"]
+    lines = ["| | judge: image | control | counterfactual | Diff | Other diff of means | of sizes | own answer as aimed at | change in the box | in a random box |"]
     lines.append("|---" * 10 + "|")
     for arm in arms:
         for what, row in record["arms"][arm]["rows"].items():

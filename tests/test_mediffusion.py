@@ -523,6 +523,23 @@ def test_another_classifier_leads_by_the_decoded_image(on):
     assert torch.allclose(found, eps + 9 * (1 - AB[t]).sqrt().float() * gradient, rtol=1e-3, atol=1e-4) and gradient.any()
 
 
+def test_the_answers_that_are_held_are_of_who_guides(monkeypatch):
+    config, x, seen = tiny(guide="file", hold_labels=1., remove_start=20, edit_steps=2), torch.rand(2, 1, 16, 16) * 2 - 1, []
+    nets, other = networks(tiny()), ResNet(18, 1, 3, 8, "small", False).eval()
+    nets.guide = [other]
+    monkeypatch.setattr(mediffusion, "guided", lambda nets, config, z, t, aim: seen.append(aim.logits) or torch.zeros_like(z))
+    with torch.no_grad():
+        mediffusion.counterfactual(nets, config, x, torch.tensor([0, 1]), False, list("ab"))
+        assert torch.allclose(seen[0], other(nets.decoded(nets.latents(x))), atol=1e-5)
+
+
+def test_a_run_that_ends_before_its_classifier_would_begin_to_learn_is_refused():
+    config = tiny(cls_start=5000, epochs=3)
+    with pytest.raises(run.UserError, match="--cls-start 5000: this run ends after [0-9]+ steps"):
+        mediffusion.initialise(networks(config), SimpleNamespace(train=pictures(40, size=1, few=range(20))), config)
+    mediffusion.initialise(networks(config), SimpleNamespace(train=pictures(40, size=1, few=range(20))), tiny(cls_start=5000, epochs=3, variant="no_diffusion"))
+
+
 @pytest.mark.parametrize("eta", [0., 1.])
 def test_with_a_scale_of_zero_the_counterfactual_is_the_control_bit_by_bit(eta):
     config, x = tiny(remove_scale=0., enforce_scale=1e4, remove_start=40, enforce_start=40, edit_steps=4, edit_eta=eta), torch.rand(3, 1, 16, 16) * 2 - 1

@@ -576,6 +576,18 @@ def test_every_label_of_every_image_is_an_answer_to_set_aside():
     assert found["resnet"][1][0] == run.score(split, predictions, uncertainty, ci=0)["baselines"]["resnet"]["accuracy"]
 
 
+def test_intervals_draw_whole_patients_where_they_are_known():
+    rng = np.random.default_rng(0)
+    labels = np.arange(20) % 2
+    p = np.eye(2)[np.where(rng.random(20) < .7, labels, 1 - labels)] * .8 + .1
+    ten = [np.repeat(a, 10, 0) for a in (labels, p)]                    # ten images of each of 20 patients
+    splits = [Split(np.zeros((200, 1, 8, 8), np.uint8), ten[0], list(map(str, range(200))), groups) for groups in (None, list(np.repeat(np.arange(20), 10)))]
+    alone, whole = (run.score(split, {"m": ten[1], "other": ten[1]}, np.zeros(200), ci=300) for split in splits)
+    for of in (lambda found: found["test"], lambda found: found["baselines"]["other"]):
+        low, high = of(whole)["ci95"]["accuracy"]
+        assert high - low > 2 * np.subtract(*of(alone)["ci95"]["accuracy"][::-1]) and of(whole)["accuracy"] == of(alone)["accuracy"]
+
+
 @pytest.mark.parametrize("kind", ["one label", "several labels"])
 def test_the_majority_counts_the_labels_that_are_shown_and_no_others(kind):
     rng = np.random.default_rng(0)
