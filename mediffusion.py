@@ -118,7 +118,7 @@ class Config:
     decay: Literal["none", "cosine"] = "none"  # of the learning rate
     head_lr: float = 0.  # [0..] the classifier's learning rate; 0: the paper's for this share of labels
     cls_weight: float = 0.  # [0..] w, of the classification loss; 0: the paper's for this share of labels
-    cls_start: int = 5000  # [0..] steps of diffusion alone before it
+    cls_start: int = 5000  # [0..] steps of diffusion alone before it, a tenth of them all at most
     cls_every: int = 4  # [1..] steps from one classification loss to the next
     cls_noise: int = 0  # [0..] the classifier sees latents of up to so many noise levels in training; 0: clean ones
     feature_times: str = "0"  # noise levels at which features are taken, their mean is classified; 0: of the clean latent
@@ -248,7 +248,7 @@ def train_step(nets, ema, config, batch, joint):
         z = nets.latents(batch.x, batch, noise=True)
     if config.variant == "joint":
         losses |= diffusion_loss(nets, config, z)
-    if config.variant == "no_diffusion" or step >= config.cls_start and step % config.cls_every == 0:
+    if config.variant == "no_diffusion" or step >= min(config.cls_start, config.epochs * count // 10) and step % config.cls_every == 0:
         losses["classifier"] = class_loss(nets.head(features(nets, config, nets.latents(few.x, few, noise=True))), few.y)
     if config.consistency:                                              # mean teacher: the EMA network, which sees it clean
         with torch.no_grad():
@@ -473,8 +473,6 @@ def by_share(share):
 
 def initialise(nets, data, config):
     """Sets what depends on the share of labels; loads ImageNet weights and those of another run, where asked for."""
-    if config.variant == "joint" and (steps := config.epochs * len(Batches(data.train, config.batch_size, train=True))) <= config.cls_start:
-        raise run.UserError(f"--cls-start {config.cls_start}: this run ends after {steps} steps, its classifier would never learn; take {steps // 40}, or more --epochs")
     head_lr, weight = by_share(len(data.train.few[0]) / len(data.train))
     nets.head_lr.fill_(config.head_lr or head_lr)
     nets.cls_weight.fill_(config.cls_weight or weight)
