@@ -1192,6 +1192,7 @@ def test_the_loss_is_finite_and_falls_on_two_classes():
     assert mean(log[-10:], "guide") < .3 * mean(log[:10], "guide") and mean(log[-10:], "eps") < .8 * mean(log[:10], "eps")
 
 
+@pytest.mark.slow
 def test_thirty_two_images_are_learnt_by_heart():
     split = toy.make(0, 28, dict(train=32, val=1, test=1)).train
     config = tiny(size=28, variant="c2", lr=2e-2, guide_lr=4e-3, hidden=128, timesteps=50, steps=10, samples=8)
