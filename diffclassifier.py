@@ -24,7 +24,7 @@ M images, N noise levels an image, K classes; all rules read one array of errors
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
- 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias a class, at 16x16 and 8x8 alone. One table, in the EMA;
+ 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, in the EMA;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
  3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
  4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). Eliminated classes lose.
