@@ -189,7 +189,7 @@ class Photographs(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return torch.from_numpy(square(self.files[i], self.size, self.names, np.random.default_rng([0, i]))).float() / 127.5 - 1
+        return torch.tensor(square(self.files[i], self.size, self.names, np.random.default_rng([0, i]))).float() / 127.5 - 1
 
 
 def epoch(s, names, loader=False):
@@ -218,8 +218,8 @@ def epoch(s, names, loader=False):
 
 
 def decoding(s):
-    """The cache of 1,000 JPEGs, built by both cores and by one."""
-    n, size = (32, 64) if s.quick else (1000, 224)
+    """The cache of 3,000 JPEGs, built by both cores and by one."""
+    n, size = (32, 64) if s.quick else (3000, 224)
     with tempfile.TemporaryDirectory() as folder:
         files, builds = photographs(folder, n), itertools.count()
 
@@ -400,7 +400,7 @@ ROWS = {                                                                # name: 
     "epoch, augmented": (lambda s: epoch(s, ("hflip", "rotate")), "epoch of 512 images of 224 px, flips and rotation", 4, "s"),
     "loader": (lambda s: epoch(s, (), True), "the same epoch, beside a torch DataLoader with two workers", 5, "s"),
     "loader, augmented": (lambda s: epoch(s, ("hflip", "rotate"), True), "the same with flips and rotation", 2, "s"),
-    "decoding": (decoding, "the cache of 1,000 JPEGs of 600 x 450, built by two cores, beside one", 1.7, "s"),
+    "decoding": (decoding, "the cache of 3,000 JPEGs of 600 x 450, built by two cores, beside one", 1.7, "s"),
     "start-up": (start_up, "from the command to its first step, 100,000 images of 64 px in the cache, beside an empty one", None, "s"),
 }
 
