@@ -9,8 +9,8 @@ time the class with the least error has a vote. Classes share the noise, so that
     v = a eps - s x;  eps_hat = s z + a v_hat;  x_hat = (z - s eps_hat) / a                    `epsilon`, `draw`
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
-    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li), the likeliest c by Bayes' rule      `rules`
-    elbo: least mean of -dl/dt E;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
+    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li: Bayes' rule without the bound's weights)      `rules`
+    elbo: least mean of -dl/dt E, twice the bound of -log p(x | c): Bayes' rule;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
     the n whose l lies in the j-th of ten ranges, w and b fitted on validation                 `bucket_differences`, `fit` in common/votes.py
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float32. `survivors` stops early.
@@ -22,7 +22,7 @@ M images, N noise levels an image, K classes; all rules read one array of errors
     python diffclassifier.py explain --checkpoint RUN/best.pt a.jpg
     python diffclassifier.py sample --checkpoint RUN/best.pt --label 3 -n 16
 
-Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and its authors' code)
+Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and a description of its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
  2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, in the EMA;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
@@ -180,8 +180,8 @@ def epsilon(config, out, z, a, s):
 def loss_weight(config, l):
     """w(l) of the squared error of what is predicted: of v, or of eps, whose error is a^2 times that of v; SNR = e^l."""
     snr, a2 = l.exp(), torch.sigmoid(l)
-    of_v = a2 if config.prediction == "eps" else torch.ones_like(l)     # so that min-snr and authors mean the same for both
-    return {"none": torch.ones_like(l), "min-snr": snr.clamp_max(5) / (1 + snr) / of_v, "authors": a2 / (1 + snr.clamp_max(5)) / of_v,
+    ratio = a2 if config.prediction == "eps" else torch.ones_like(l)     # so that min-snr and authors mean the same for both
+    return {"none": torch.ones_like(l), "min-snr": snr.clamp_max(5) / (1 + snr) / ratio, "authors": a2 / (1 + snr.clamp_max(5)) / ratio,
             "band": .05 + torch.exp(-((l + 1) / 4) ** 2)}[config.loss_weight]
 
 
@@ -228,7 +228,7 @@ def rules(nets, config, error, alive, t):
     """{rule: probabilities (M, K)} of errors (M, N, K) at times t (M, N); a class that is not alive (M, K) was eliminated, and cannot win."""
     side, t = nets.shape[-1], torch.from_numpy(t).double()
     slope = shifted_cosine_slope(t, config.noise_d, max(side, config.noise_d)).numpy()[..., None]
-    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # 0 .. 1. p of majority: votes + 1/2, ties to the lower mean error
+    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # rank by mean error, the least highest: a tenth of it breaks ties of votes + 1/2
     differences = bucket_differences(error, logsnr(config, t, side).numpy())
     scores = {"majority": np.log(count_votes(error) + .5 + .1 * lower), "mean": mean_scores(error, alive), "elbo": mean_scores(error, alive, slope),
               "learned": nets.bias.cpu().numpy() - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}
@@ -446,7 +446,7 @@ def judge(nets, config, split, device):
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=None):
     """Every model on a whole split: ({model: probabilities (M, K)}, {kind: uncertainty (M,)}); the method, by its rule, comes first.
-    joint: given while training: `val_votes` levels, by majority."""
+    joint: True or False while training (`val_votes` levels, by majority), None at the end."""
     nets.eval()
     if joint is not None:
         config = dataclasses.replace(config, votes=config.val_votes, stop="none", rule="majority")
@@ -503,7 +503,7 @@ def measure(nets, data, config, device, figures):
     plots.line_chart(figures / "rules.png", {rule: ([row["votes"] for row in table], [row[rule] for row in table]) for rule in found},
                      "Accuracy on validation, to which learned is fitted", "noise levels an image", "accuracy")
     plots.line_chart(figures / "errors.png", {name: (np.arange(-9, 10, 2), differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
-                     "How much less the true class errs, by noise", "log-SNR", "error of the true class - mean of all")
+                     "Error of the true class against the mean of all, by noise", "log-SNR", "error of the true class - mean of all")
     return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
             "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(), "bias": nets.bias.tolist(),
             "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
@@ -567,7 +567,7 @@ def train(config, resume=None):
                 finite.flush()
             row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
             predictions, _ = evaluate(state.ema, data.val, config, device, joint)
-            row |= run.validation(data.val, predictions, METHOD)
+            row |= run.validation(data.val, {k: p for k, p in predictions.items() if joint or k != METHOD}, METHOD)
             state.keep_best(row, config.select, out / "best.pt")
             state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
 

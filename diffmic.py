@@ -7,15 +7,15 @@ rho(x) and both priors, learns the noise eps in y_t. At test time y_T starts as 
 denoised step by step; the class is the largest entry of y_0, or of its mean over several draws.
 
     p(y_T) = N((y_g + y_l) / 2, I)                                                             eq. 1   `sample`
-    y_s = g0 y_0_hat + g1 y_t + g2 f + noise for s < t, CARD's posterior                               `common/schedules.py`
     y_t = sqrt(ab_t) y_0 + sqrt(1 - ab_t) eps + (1 - sqrt(ab_t)) f,   f the priors' mean       eq. 2   `q_sample`
+    y_s = g0 y_0_hat + g1 y_t + g2 f + noise for s < t, CARD's posterior      (not in the paper)       `common/schedules.py`
     eps_hat = D(E(proj([y_t, y_g, y_l]), rho(x), t), t)                                        eq. 3   `Denoiser`
     L_eps = |eps - eps_hat|^2                                                                  eq. 4   `loss`
     L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`
     L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
 
-B images, C classes, S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar. f is the priors'
-mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
+B images, C classes, K regions (in eq. 5: the kernel), S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T;
+ab = alpha_bar. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
 
     python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python diffmic.py --data ham10000 --root DIR           # the paper's sizes and epochs, for a CUDA GPU
@@ -44,7 +44,8 @@ split, not on the test set; a constant saliency map gives K places, not one K ti
   its base                   .940  .227   --guide-schedule constant  .928  .279   --label-smoothing 0.1      .930  .257
   --target eps               .932  .263   --no-calibrate             .932  .297   --balanced                 .914  .288
   --roi-weight uniform       .922  .298   --roi-size 8               .918  .295
-Left: from --roi-size on. The rest is PLUS, below, with the mean of draws; prior dropout helps where the guide overfits (README).
+Rejected: --roi-size 8 and the four after it. The others take one field of PLUS, below, away; prior dropout helps where the guide overfits (tests/results).
+target y0: y_0_hat = softmax(D(..)), eps_hat of it by eq. 2; cross-entropy in place of L_eps, the MMD still of eps_hat.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -153,9 +154,9 @@ def configure(**given):
 
 
 # ============================================================================= 4 the method
-def q_sample(y0, f, eps, a, s):
-    """Eq. 2: labels y0, prior mean f and noise eps (B, C), a = sqrt(ab_t) and s = sqrt(1 - ab_t) (B, 1) -> y_t (B, C)."""
-    return a * y0 + s * eps + (1 - a) * f
+def q_sample(y0, f, eps, a, b):
+    """Eq. 2: labels y0, prior mean f and noise eps (B, C), a = sqrt(ab_t) and b = sqrt(1 - ab_t) (B, 1) -> y_t (B, C)."""
+    return a * y0 + b * eps + (1 - a) * f
 
 
 def prior_mean(y_g, y_l, mode="mean"):
@@ -168,17 +169,17 @@ def prior_mean(y_g, y_l, mode="mean"):
 
 
 def draw_timesteps(B, T, antithetic, device):
-    """t uniform on 0..T-1, (B,); antithetic: in pairs t, T-1-t, which evens out the levels within a batch."""
+    """t uniform on 0..T-1, (B,); antithetic: in pairs t, T-1-t (of an even B two stay alone), which evens out the levels within a batch."""
     t = torch.randint(T, (B // 2 + 1 if antithetic else B,), device=device)
     return torch.cat([t, T - 1 - t])[:B]
 
 
-def estimate(denoiser, config, y, condition, t, a, s):
+def estimate(denoiser, config, y, condition, t, a, b):
     """eps_hat of eq. 3 at y_t (B, C), and y_0_hat; either gives the other by eq. 2. condition: y_g, y_l, f (B, C) and rho(x) (B, F)."""
     out, f = denoiser(y, *condition, t).float(), condition[2]
     if config.target == "y0":                                           # the last layer's C numbers are the logits of y_0
-        return (y - a * out.softmax(1) - (1 - a) * f) / s, out.softmax(1)
-    return out, (y - s * out - (1 - a) * f) / a
+        return (y - a * out.softmax(1) - (1 - a) * f) / b, out.softmax(1)
+    return out, (y - b * out - (1 - a) * f) / a
 
 
 def loss(nets, config, x, y0, y_g, y_l):
@@ -186,11 +187,11 @@ def loss(nets, config, x, y0, y_g, y_l):
     B, C = y0.shape
     t = draw_timesteps(B, config.timesteps, config.antithetic, x.device)
     eps = torch.randn_like(y0)
-    a, s = nets.sqrt_ab[t, None], nets.sqrt_1m_ab[t, None]
+    a, b = nets.sqrt_ab[t, None], nets.sqrt_1m_ab[t, None]
     rho = nets.encoder(x)                                               # once, for the three branches
 
     def branch(y_g, y_l, f):
-        return estimate(nets.denoiser, config, q_sample(y0, f, eps, a, s), (y_g, y_l, f, rho), t, a, s)
+        return estimate(nets.denoiser, config, q_sample(y0, f, eps, a, b), (y_g, y_l, f, rho), t, a, b)
 
     eps_hat, y0_hat = branch(y_g, y_l, prior_mean(y_g, y_l, config.prior_mean))
     error = (eps_hat - eps) ** 2
@@ -398,8 +399,8 @@ class Denoiser(nn.Module):
     def features(self, y, y_g, y_l, f, rho, t):
         """The last hidden layer (B, F): the denoised embedding."""
         h = torch.cat([y, f] if self.fused else [y, y_g, y_l], 1)
-        h = F.softplus(self.norm1(self.lin1(h, t))) * rho               # eq. 3: Hadamard with t, then with rho(x)
-        h = F.softplus(self.norm2(self.lin2(h, t)))
+        h = F.softplus(self.norm1(self.lin1(h, t))) * rho               # E of eq. 3: proj and t, then Hadamard with rho(x)
+        h = F.softplus(self.norm2(self.lin2(h, t)))                     # D of eq. 3
         return F.softplus(self.norm3(self.lin3(h, t)))
 
     def forward(self, *inputs):
@@ -571,7 +572,7 @@ def train(config, resume=None):
                 finite.flush()
             row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
             predictions, _ = evaluate(state.ema, data.val, config, device, joint)
-            row |= run.validation(data.val, predictions, METHOD)
+            row |= run.validation(data.val, {k: p for k, p in predictions.items() if joint or k != METHOD}, METHOD)
             state.keep_best(row, config.select, out / "best.pt")
             state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
 

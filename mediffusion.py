@@ -6,7 +6,7 @@ makes of a clean latent, averaged over pixels, is classified, learnt from the fe
 the classifier's gradient leads the reverse process: a counterfactual is the image as it would have to be for another answer.
 
     z = E(x);  z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps                                          `q_sample`
-    H_t = means over pixels of the ten tensors of the U-Net's encoder; g(y | H_0), two layers   `features`, `Networks.classify`
+    H_t = means over pixels of the ten tensors of the U-Net's encoder; g(y | H_0), two layers   `features`, `Networks.head`
     L = |eps_hat(z_t, t) - eps|^2 over all images + w L_class(g(y | H_0)) over those with labels         eq. 1 and below   `train_step`
     eps' = eps_hat - s sqrt(1 - ab_t) grad_z log g(y | .)                     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
@@ -26,7 +26,8 @@ Read differently from the paper, and why
  4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with the embedding of t (--guide-on), and it learns every 4th step (--cls-every).
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
- 7. Images are mirrored, not cropped at random, so that latents can be computed once: of the posterior a sample to train, its mean to test, clean at t = 0.
+ 7. Images are mirrored, not cropped at random, so that latents can be computed once; training samples E's posterior, testing takes its mean. The classifier's
+    t = 0 is the clean latent; the diffusion's first level has ab = .9985.
  8. Recipe plus trains alike and fits a temperature; its guidance has unit length (--guide-unit) and goes through the encoder (--guide-through), on a short
     way (--edit-steps), holds the other answers (--hold-labels), rests at the goal (--guide-goal) and keeps the strongest change (--edit-keep).
 """
@@ -93,7 +94,7 @@ class Config:
     # --- method ---
     labels: str = "1"  # share of the training images whose label is shown, over 0 and up to 1, or a file with an image name a line
     labelled_batch: int = 32  # [2..] images with labels that join each batch
-    variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the same classifier without the diffusion loss (the paper's Table 3)
+    variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the classifier alone, at every step (the paper's Table 3, not its settings)
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
     autoencoder: str = ""  # file of one to use instead of training one: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a run's autoencoder.pt
     ae_width: int = 128  # [8..] channels of the autoencoder's first level
@@ -516,7 +517,8 @@ def evaluate(nets, split, config, device, joint=True):
 def models(nets, config):
     """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first."""
     of = {METHOD: lambda x, names: nets.answers(nets.head(features(nets, config, nets.latents(x), names)))}
-    return of | ({"resnet": lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())} if nets.resnet is not None else {})
+    control = lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())          # the method's temperature, undone
+    return of | ({"resnet": control} if nets.resnet is not None else {})
 
 
 def uncertainties(p, multilabel):
@@ -677,7 +679,7 @@ def train(config, resume=None):
                 finite.flush()
             row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
             predictions, _ = evaluate(state.ema, data.val, config, device, joint)
-            row |= run.validation(data.val, predictions, METHOD)
+            row |= run.validation(data.val, {k: p for k, p in predictions.items() if joint or k != METHOD}, METHOD)
             state.keep_best(row, config.select, out / "best.pt")
             state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
 

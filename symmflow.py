@@ -18,23 +18,24 @@ B images, K classes, D channels of a colour, S noise draws. One step of an exact
     python symmflow.py sample --checkpoint RUN/best.pt --label 3 -n 64
     python symmflow.py explain --checkpoint RUN/best.pt           # of test images, or of those named behind it
 
-Read differently from the paper, and why
+Read differently from the paper, and why (its text could not be had: "paper" is its project page, its tables and its authors' documentation)
  1. s = 0; the authors' code leaves s = 1e-4 of the label in y_1. w = 0.7 and one-cycle AdamW from and to 1e-6 are its documented command's
     (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
  2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
     paper's is 2 beta. Drawing starts at the clean colour, and so do encoded label maps (--latent rgb).
- 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (README).
+ 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (tests/results).
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
     y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
  5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
  6. Latents: the encoder's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once. --latent grid needs no decoder to classify.
-`--recipe plus`, which --scale small and so the toy set takes unless told otherwise; each a field of PLUS below, worth what the README says:
+`--recipe plus`, which --scale small and so the toy set takes unless told otherwise; each a field of PLUS below, worth what tests/results say:
     p = softmax of what the U-Net's encoder says;  v_y = (y_t - sum_k p_k c_k) / t;  L_y = -log p_label          `outputs`, `velocity`, `loss`
 as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes; t times 1000 before its
 embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: the mean of noise a pixel over a thousand pixels
 is nothing, so that y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
 one draw will do. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
+Of precondition and the time's factor no gain is shown (tests/results).
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -175,10 +176,10 @@ def outputs(unet, config, x, y, t, rows=None):
     p(k | x_t, y_t), one for each pixel of the middle, (B, K, h, w), whose mean counts. rows: the decoder runs for the first so many only."""
     guess_x = guess_y = 0.
     if config.precondition:                                             # as if entries of x_1 had a mean square of 1, as those of y_0 and noise
-        w = t.view(-1, 1, 1, 1)
-        variance = w ** 2 + (1 - w) ** 2
-        guess_x, guess_y = (2 * w - 1) / variance * x, (2 * w - 1) / variance * y
-        x, y = w / variance * x, (1 - w) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
+        u = t.view(-1, 1, 1, 1)
+        variance = u ** 2 + (1 - u) ** 2
+        guess_x, guess_y = (2 * u - 1) / variance * x, (2 * u - 1) / variance * y
+        x, y = u / variance * x, (1 - u) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
     z, given = torch.cat([x, y], 1), (t * config.time_scale, *[y.mean((2, 3))] * config.pooled)
     if config.label_loss != "posterior":
         out = unet(z, *given).float()
@@ -209,7 +210,7 @@ def loss(nets, config, x, y):
     hat_x, said = outputs(nets.unet, config, x_t, y_t, t, rows=B)
     error_x = ((hat_x - v_x)[:B] ** 2).mean((1, 2, 3))
     error_y = F.cross_entropy(said.mean((2, 3)), y.mean((2, 3)).argmax(1), reduction="none") if config.label_loss == "posterior" else \
-        ((said - v_y) ** 2).mean((1, 2, 3))                             # the class is read off its label map
+        ((said - v_y) ** 2).mean((1, 2, 3))                             # posterior: the class is read off the label map
     weight = t ** 2 if config.label_loss == "map" else 1.              # y_t - t v_y is the label map; its error is t times that of v_y
     losses = {"image": error_x.mean(), "label": (weight * error_y).mean()}
     losses["flow"] = config.image_weight * losses["image"] + (1 - config.image_weight) * losses["label"]
@@ -230,7 +231,7 @@ def train_step(nets, ema, config, batch, joint):
 
 
 def guided(nets, config, labels, x, y, t):
-    """v_x + w (v_x - its mean over all classes), and v_y, of label maps on their way from `labels` (B,); after Ho and Salimans 2022, untrained. Each step
+    """v_x + g (v_x - its mean over all classes), and v_y, of label maps on their way from `labels` (B,); after Ho and Salimans 2022, untrained. Each step
     looks at one other class, the next in turn, hence (K - 1) / K: begun at its colour c, the map would now be (1 - t) (c - c_label) away."""
     v_x, v_y = velocity(nets.unet, config, x, y, t)
     if config.guidance:
@@ -566,7 +567,7 @@ def train(config, resume=None):
                 finite.flush()
             row = {"epoch": epoch + 1, "step": state.step, "images": (epoch + 1) * len(data.train), **state.means()}
             predictions, _ = evaluate(state.ema, data.val, config, device, joint)
-            row |= run.validation(data.val, predictions, METHOD)
+            row |= run.validation(data.val, {k: p for k, p in predictions.items() if joint or k != METHOD}, METHOD)
             state.keep_best(row, config.select, out / "best.pt")
             state.close_epoch(row | {"seconds": time.monotonic() - began, "data_seconds": waited}, out, total)
 

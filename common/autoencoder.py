@@ -3,7 +3,8 @@
     x ── encoder ── quant_conv ── mean, logvar ── z = mean + exp(logvar / 2) noise ── post_quant_conv ── decoder ── x
          conv_in │ down: blocks, halve │ mid │ norm, conv_out                  conv_in │ mid │ up: blocks, double │ norm, conv_out
 No skips join the two: all that the decoder knows is z. It has one block more at every level and no tanh at its end (the caller
-clamps). A diffusion model works on z as it is (Mediffusion) or times 0.18215 (Stable Diffusion, MedSymmFlow).
+clamps). A diffusion model works on z as it is (Mediffusion's authors), times 0.18215 (Stable Diffusion,
+MedSymmFlow's) or, by default here, at unit spread.
 
     AutoencoderKL()  has 83,653,863 parameters (83,649,253 for gray images). A 256x256 image becomes 4x32x32 for 136 GMAC, and
                      again an image for 311; MedSymmFlow's U-Net on that latent needs 6: encode a data set once.

@@ -63,6 +63,14 @@ def reference(tmp_path_factory):
     return of
 
 
+@every
+def test_what_has_not_been_trained_yet_is_no_candidate(method, reference):
+    log = [json.loads(line) for line in (reference(method) / "log.jsonl").read_text().splitlines()]
+    assert ["val_accuracy" in row for row in log] == [False, *[True] * (len(log) - 1)]
+    assert all("val_resnet_accuracy" in row for row in log) or method is mediffusion
+    assert json.loads((reference(method) / "metrics.json").read_text())["selected_epoch"] > 1
+
+
 # ----------------------------------------------------------------------------- every kind of data
 
 def noise(channels, size, classes, multilabel):
