@@ -23,6 +23,7 @@ import torch
 from common.mmd import mmd_polynomial
 from common.resnet import ResNet
 from data import Batches, DataError, labelled, load_for, toy
+from tests import controls
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CELLS = {                                                               # name: (method, settings, seeds)
@@ -65,11 +66,25 @@ CELLS |= {"diffmic-toy-base": ("diffmic", dict(data="toy") | BASE["diffmic"], (0
 CELLS |= {f"{method}-toy-{name}": (method, dict(data=DATA[method]) | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 for name in IDEAS["symmflow"].keys() - {"raw"}:                         # raw: its draws differ, the table of steps says what their mean is worth
     CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
+# Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each (SECONDS a network's training of 1,000 images of 32 px)
+REAL = {"retinamnist": dict(data="retinamnist", size=32, augment="hflip,vflip"), "pneumoniamnist": dict(data="pneumoniamnist", size=32, augment="")}
+PASSES = {"retinamnist": dict(diffmic=(4, 36), symmflow=(0, 18), diffclassifier=(0, 12), mediffusion=(8, 14), resnet=150),
+          "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=36)}
+FOR_ALL = {"diffmic": {}, "symmflow": dict(generated=20), "diffclassifier": dict(judged=0, votes=25), "mediffusion": dict(explained=1)}
+for data, given in REAL.items():
+    for method, more in FOR_ALL.items():
+        (first, second), both = PASSES[data][method], dict(scale="small", baseline=False)
+        settings = given | both | dict(pretrain_epochs=first, epochs=second) | more
+        CELLS |= {f"{method}-{data}": (method, settings, (0, 1, 2)), f"{method}-{data}-paper": (method, settings | dict(recipe="paper"), (0, 1, 2))}
+    for name, members in ("resnet", 1), ("resnets", 5):
+        CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
 
 def command(name, seed):
     method, settings, _ = CELLS[name]
+    if method == "resnet":
+        return f"python -m tests.claims --only {name}"
     given = {k.replace("_", "-"): v for k, v in (settings | {"seed": seed}).items() if (k, v) not in (("data", "toy"), ("seed", 0))}
     options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {v}" for k, v in given.items())
     return f"python {method}.py {options}".strip()
@@ -78,7 +93,9 @@ def command(name, seed):
 def run(name, seed, root=None):
     """Trains one cell and writes its record."""
     method, settings, _ = CELLS[name]
-    module = importlib.import_module(method)
+    if method == "resnet":
+        return write(name, seed, *control(settings | dict(seed=seed) | (dict(root=root) if root else {})))
+    module, found = importlib.import_module(method), None
     with tempfile.TemporaryDirectory() as folder:
         given = settings | dict(seed=seed, output=str(Path(folder) / "run")) | (dict(root=root) if root else {})
         result = module.train(module.configure(**given))
@@ -90,8 +107,43 @@ def run(name, seed, root=None):
             result["val_auroc"] = best["val_auroc"]
         if name == "diffclassifier-toy":
             result["evidence"] = evidence(Path(folder) / "run" / "best.pt")
+        if settings["data"] in REAL:
+            result["ms_an_image"], found = speed(module, Path(folder) / "run" / "best.pt", root), answers(Path(folder) / "run" / "predictions.csv")
+    write(name, seed, result, found)
+
+
+def write(name, seed, result, found=None):
+    """A record, and beside it what was said of each test image, where cells are to be compared image by image: ids (N,), labels (N,), p (N, K)."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps({"command": command(name, seed)} | result, indent=1))
+    if found is not None:
+        ids, labels, p = found
+        np.savez_compressed(RESULTS / f"{name}-s{seed}.npz", ids=np.array(ids), labels=labels, p=p.astype(np.float32))
+
+
+def answers(path):
+    """ids, labels (N,) and p (N, K) of a single-label predictions.csv."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [key for key in rows[0] if key.startswith("p:")]
+    return [r["id"] for r in rows], np.array([names.index("p:" + r["true"]) for r in rows]), np.array([[float(r[k]) for k in names] for r in rows])
+
+
+def speed(module, checkpoint, root=None, n=32):
+    """Milliseconds an image of the test split to be classified, in batches as the method takes them."""
+    config, nets, facts, device = running.load_model(checkpoint, module.METHOD, module.Config, module.build, dict(root=root) if root else {})
+    test = load_for(config).test
+    module.evaluate(nets, test.take(np.arange(4)), config, device)
+    began = time.monotonic()
+    module.evaluate(nets, test.take(np.arange(n)), config, device)
+    return 1e3 * (time.monotonic() - began) / n
+
+
+def control(settings):
+    """A record and answers of plain ResNets: controls.measured."""
+    own = ("members", "epochs", "fixmatch")
+    config = importlib.import_module("mediffusion").configure(**dict(labels="1") | {k: v for k, v in settings.items() if k not in own})
+    return controls.measured(config, controls.Control(**{k: v for k, v in settings.items() if k in own}))
 
 
 def regions(checkpoint):

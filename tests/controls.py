@@ -1,0 +1,135 @@
+"""What tests/claims.py sets beside the methods and no method contains: a ResNet-18 given as much time, several of them averaged, and FixMatch.
+
+    python -m tests.claims --only resnet-retinamnist fixmatch-toy_xray-0.1
+
+They see the images, augmentation, sizes and width of the method they stand beside; the epoch is picked on validation.
+"""
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import run as running
+from common.resnet import ResNet
+from data import Batches, labelled, load_for, shortcut
+
+
+@dataclass
+class Control:
+    """members: networks, whose probabilities are averaged, each of other weights and order. checks: times at which validation may pick the weights.
+    fixmatch: images without a label join (Sohn et al. 2020), `ratio` for each with one; a guess surer than `sure` becomes its label."""
+    epochs: int
+    members: int = 1
+    fixmatch: bool = False
+    ratio: int = 3
+    sure: float = .95
+    weight: float = 1.
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: float = .1
+    ema: float = .99
+    checks: int = 12
+
+
+def class_loss(logits, y):
+    return F.binary_cross_entropy_with_logits(logits, y) if y.ndim == 2 else F.cross_entropy(logits, y)
+
+
+def probabilities(net, split, device):
+    """(N, K), in float64."""
+    with torch.no_grad():
+        logits = torch.cat([net.eval()(batch.x).double().cpu() for batch in Batches(split, 128, device)])
+    return (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
+
+
+def strong(x, generator):
+    """FixMatch's second view of images (B, C, H, W) in [-1, 1]: turned to 30 degrees, sheared and moved to .2, contrast and brightness changed by up to
+    half, and a square of up to half the side made grey."""
+    B, device = len(x), x.device
+    draw = lambda low, high: (low + (high - low) * torch.rand(B, generator=generator)).to(device)
+    angle, shear, one = draw(-math.pi / 6, math.pi / 6), draw(-.2, .2), torch.ones(B, device=device)
+    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin(), draw(-.4, .4)], 1), torch.stack([angle.sin(), angle.cos(), draw(-.4, .4)], 1)], 1)
+    x = F.grid_sample(x + 1, F.affine_grid(turn, x.shape, align_corners=False), align_corners=False) - 1        # black outside
+    mean = x.mean((1, 2, 3), keepdim=True)
+    of = lambda value: value.view(B, 1, 1, 1)
+    x = ((x - mean) * of(draw(.5, 1.5) * one) + mean + of(draw(-.5, .5))).clamp(-1, 1)
+    place = lambda side: ((torch.arange(side, device=device) - draw(0, side)[:, None]).abs() < (draw(0, .25) * side)[:, None])
+    hole = place(x.shape[2])[:, None, :, None] & place(x.shape[3])[:, None, None, :]
+    return x.masked_fill(hole, 0.)
+
+
+def fixmatch_loss(net, batch, control, generator):
+    """Eqs. 3 and 4 of FixMatch on the weakly augmented batch.x, batch.few: cross-entropy of the images with a label, and on a strong view of the others
+    where the guess from the weak one is sure; multi-label: label by label, sure of either answer. One pass over all three, so that batch norm sees all."""
+    B, n = len(batch.few.y), len(batch.x)
+    logits = net(torch.cat([batch.few.x, batch.x, strong(batch.x, generator)])).float()
+    few, weak, changed = logits.split([B, n, n])
+    if batch.y.ndim == 2:
+        p = weak.detach().sigmoid()
+        each, taken = F.binary_cross_entropy_with_logits(changed, (p > .5).float(), reduction="none"), torch.maximum(p, 1 - p) >= control.sure
+    else:
+        p, guess = weak.detach().softmax(1).max(1)
+        each, taken = F.cross_entropy(changed, guess, reduction="none"), p >= control.sure
+    return class_loss(few, batch.few.y) + control.weight * (each * taken).mean()
+
+
+def member(data, rows, config, control, device, seed):
+    """One network, its parameters' average at the check that validation likes best, and that check's number."""
+    torch.manual_seed(running.seed_of(seed, "control"))
+    make = lambda: running.place(ResNet(18, data.channels, len(data.classes), config.width, "small" if config.size < 100 else "imagenet"), device)
+    net, average = make(), make()
+    average.load_state_dict(net.state_dict())
+    train, names = data.train.take(rows), [a for a in config.augment.split(",") if a]
+    batches = Batches(train, control.batch_size, train=True)
+    steps = control.epochs * len(batches)
+    if control.fixmatch:
+        train = replace(data.train, few=(rows, control.batch_size))
+    optimizer = torch.optim.AdamW(net.parameters(), control.lr, weight_decay=0.)
+    generator, step, best, kept = torch.Generator().manual_seed(running.seed_of(seed, "strong")), 0, -math.inf, None
+    check = max(1, steps // control.checks)
+    while step < steps:
+        for batch in Batches(train, control.batch_size * (control.ratio if control.fixmatch else 1), device, True, seed, names, start=step):
+            net.train()
+            done = step / steps
+            optimizer.param_groups[0]["lr"] = control.lr * min(1., (done + 1e-3) / control.warmup) * (1 + math.cos(math.pi * done)) / 2
+            optimizer.zero_grad(set_to_none=True)
+            loss = fixmatch_loss(net, batch, control, generator) if control.fixmatch else class_loss(net(batch.x).float(), batch.y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+            optimizer.step()
+            running.update_ema(average, net, control.ema, step)
+            step += 1
+            if step % check == 0 or step == steps:
+                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device)}, "resnet")["val_" + config.select]
+                if found >= best:
+                    best, kept, at = found, {k: v.clone() for k, v in average.state_dict().items()}, step
+            if step == steps:
+                break
+    average.load_state_dict(kept)
+    return average, at / steps
+
+
+def measured(config, control):
+    """Trains the members and scores their mean on the test split once: a record like a method's metrics.json, with the single networks' metrics, and the
+    ids, labels and probabilities of the test images."""
+    device, method = running.start(config), "fixmatch" if control.fixmatch else "resnet"
+    data = load_for(replace(config, labels="1") if hasattr(config, "labels") else config)
+    rows = np.flatnonzero(labelled(data.train, getattr(config, "labels", "1"), config.seed, [*data.val.ids, *data.test.ids]))
+    began, found = time.monotonic(), []
+    for i in range(control.members):
+        net, at = member(data, rows, config, control, device, running.seed_of(config.seed, i) if i else config.seed)
+        found.append((probabilities(net, data.val, device), probabilities(net, data.test, device), at))
+        print(f"{method} {i + 1} of {control.members}: best at {at:.2f} of its steps, {time.monotonic() - began:.0f} s", flush=True)
+    seconds = time.monotonic() - began
+    val, p = (np.mean([f[i] for f in found], 0) for i in (0, 1))
+    unsure = 1 - np.maximum(p, 1 - p) if data.multilabel else 1 - p.max(1)
+    single = {f"member {i + 1}": q for i, (_, q, _) in enumerate(found)} if control.members > 1 else {}
+    result = {"method": method, "data": config.data, "scale": config.scale, "seed": config.seed, "commit": running.commit(), "torch": str(torch.__version__),
+              "device": device.type, "threads": torch.get_num_threads(), "seconds": seconds, "labelled": len(rows), "members": control.members,
+              "params": sum(q.numel() for q in net.parameters()) * control.members, "selected": [f[2] for f in found],
+              "validation": running.validation(data.val, {method: val}, method)}
+    result |= running.score(data.test, {method: p} | single | shortcut(data), unsure, data.train.labels[rows])
+    return result, (data.test.ids, data.test.labels, p)
