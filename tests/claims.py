@@ -315,6 +315,88 @@ def table(name):
     return "\n".join(lines)
 
 
+# ============================================================================= side by side, on the same test images
+SCORES = {"accuracy": lambda y, p: metrics.accuracy(y, p.argmax(1)), "balanced accuracy": lambda y, p: metrics.balanced_accuracy(y, p.argmax(1)),
+          "macro F1": lambda y, p: metrics.f1_macro(y, p.argmax(1)), "AUROC": metrics.auroc, "AURC": lambda y, p: metrics.aurc(p.argmax(1) == y, 1 - p.max(1))}
+MEANT_FOR = {"diffmic": ("macro F1",), "symmflow": ("AUROC", "AURC"), "diffclassifier": ("balanced accuracy",), "mediffusion": ("AUROC",)}
+
+
+def said(name):
+    """{seed: (ids, labels (N,), p (N, K))} of a cell's test images."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{name}-s[0-9]*.npz")):
+        with np.load(path) as file:
+            found[int(path.stem.rpartition("-s")[2])] = file["ids"], file["labels"], file["p"].astype(np.float64)
+    return found
+
+
+def difference(one, other, score, n=1000):
+    """Of two cells' answers (`said`), by seed, on the images that both answered: the mean over the seeds of score(one) - score(other), its sd, and the 95 %
+    interval when images are drawn again, each image with all its answers. The interval knows nothing of other seeds, the sd nothing of other images."""
+    both = []
+    for seed in sorted(one.keys() & other.keys()):
+        ids, mine, theirs = np.intersect1d(one[seed][0], other[seed][0], return_indices=True)
+        y = one[seed][1][mine]
+        if not len(ids) or (y != other[seed][1][theirs]).any():
+            raise ValueError(f"seed {seed}: not the same images, or other labels")
+        both.append((y, one[seed][2][mine], other[seed][2][theirs]))
+    of = lambda rows: [score(y[rows], p[rows]) - score(y[rows], q[rows]) for y, p, q in both]
+    by_seed, rng, drawn_again = of(slice(None)), np.random.default_rng(0), []
+    for _ in range(n):
+        rows = rng.integers(len(both[0][0]), size=len(both[0][0]))
+        drawn_again.append(np.mean(of(rows)))
+    low, high = np.nanquantile(drawn_again, (.025, .975))
+    return {"mean": float(np.mean(by_seed)), "sd": float(np.std(by_seed, ddof=1)) if len(both) > 1 else None, "low": float(low), "high": float(high),
+            "by_seed": by_seed, "images": len(both[0][0])}
+
+
+def differences(data):
+    """Writes DATA-differences.json: each method against one ResNet of the same minutes, and its recipe plus against paper in what it is meant for."""
+    answered = {name: said(f"{name}-{data}") for name in ("resnet", "resnets", *FOR_ALL)}
+    found = {"command": f"python -m tests.claims --differences {data}", "against": {}, "plus": {}}
+    for name, mine in answered.items():
+        if name != "resnet" and mine:
+            found["against"][name] = {key: difference(mine, answered["resnet"], score) for key, score in SCORES.items()}
+        if name in FOR_ALL and (paper := said(f"{name}-{data}-paper")):
+            found["plus"][name] = {key: difference(mine, paper, SCORES[key]) for key in MEANT_FOR[name]}
+    path = RESULTS / f"{data}-differences.json"
+    path.write_text(json.dumps(found, indent=1))
+    return path
+
+
+def interval(found):
+    """As the tables print a difference; in bold where the interval leaves out 0."""
+    text = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"**{text}**" if found["low"] * found["high"] > 0 else text
+
+
+def side_table(data):
+    """The four methods, one ResNet and five on one test split: mean and sd over seeds, and what each costs."""
+    lines = ["| | accuracy | balanced | macro F1 | AUROC | ECE | AURC | s to train | ms an image | parameters |", "|---|" + "---|" * 9]
+    for name in ("resnet", "resnets", *(f"{method}{recipe}" for method in FOR_ALL for recipe in ("", "-paper"))):
+        name, _, recipe = name.partition("-")
+        if found := records(f"{name}-{data}{'-' * bool(recipe)}{recipe}"):
+            cells = []
+            for key in ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "aurc"):
+                v = [r["test"][key] for r in found]
+                cells.append(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else ""))
+            cost = f"{np.mean([r['seconds'] for r in found]):.0f} | {np.mean([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
+            shown = {"resnet": "ResNet-18", "resnets": "mean of five of them"}.get(name, f"`{name}`" + ", recipe paper" * bool(recipe))
+            lines.append(f"| {shown} | {' | '.join(cells)} | {cost} |")
+    return "\n".join(lines)
+
+
+def differences_table(data):
+    """What is ahead of one ResNet of the same minutes, and of recipe paper: differences with their 95 % intervals."""
+    found = json.loads((RESULTS / f"{data}-differences.json").read_text())
+    lines = ["| ahead of a ResNet-18 by | " + " | ".join(SCORES) + " |", "|---|" + "---|" * len(SCORES)]
+    for name, row in found["against"].items():
+        lines.append(f"| {'mean of five ResNets' if name == 'resnets' else f'`{name}`'} | {' | '.join(interval(row[key]) for key in SCORES)} |")
+    lines += ["", "| `plus` ahead of `paper` by | in | difference |", "|---|---|---|"]
+    lines += [f"| `{name}` | {key} | {interval(row[key])} |" for name, row in found["plus"].items() for key in row]
+    return "\n".join(lines)
+
+
 def votes(folder):
     """Keeps what tests/bench.py stops early: the class that errs least (300, 501) of 300 toy test images at 501 noise levels."""
     diffclassifier = importlib.import_module("diffclassifier")
@@ -578,6 +660,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
+    parser.add_argument("--differences", choices=REAL, help="of the cells on real images, with their intervals")
     parser.add_argument("--votes", metavar="RUN", help="keep the votes of 300 test images at 501 levels, of a toy run of diffclassifier.py")
     parser.add_argument("--counterfactuals", metavar="RUN", help="of a run of mediffusion.py, by a judge that saw other patients")
     parser.add_argument("--images", type=int, default=64, help="how many a row; default 64")
@@ -592,6 +675,8 @@ def main(argv=None):
             return 2
     if args.picture:
         return print(pictures(args.picture))
+    if args.differences:
+        return print(differences(args.differences))
     if args.votes:
         return print(votes(args.votes))
     if args.table:

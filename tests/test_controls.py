@@ -1,0 +1,121 @@
+"""The controls of tests/claims.py learn, and what is said of two cells' difference is right."""
+import numpy as np
+import pytest
+import torch
+
+import mediffusion
+from data import load_for
+from tests import claims, controls
+from tests.controls import Control, fixmatch_loss, measured, strong
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(**given):
+    return mediffusion.configure(**dict(data="toy", size=28, width=8, limit=160, labels="1", device="cpu", seed=0) | given)
+
+
+def test_a_plain_resnet_learns_and_the_mean_of_two_is_recorded_beside_each():
+    result, (ids, labels, p) = measured(config(), Control(epochs=9, members=2, batch_size=16, checks=3))
+    assert result["test"]["accuracy"] > result["baselines"]["majority"]["accuracy"] + .1
+    assert {"member 1", "member 2"} <= set(result["baselines"]) and result["members"] == len(result["selected"]) == 2
+    assert result["params"] == 2 * (result["params"] // 2) and result["ms_an_image"] > 0 and result["labelled"] == 160
+    assert p.shape == (160, 5) and len(ids) == len(labels) == 160 and np.allclose(p.sum(1), 1)
+    assert result["test"]["accuracy"] == pytest.approx((p.argmax(1) == labels).mean())
+
+
+def test_the_control_is_the_one_that_validation_picked(monkeypatch):
+    """Training for longer, at a learning rate that ruins it, leaves the early weights."""
+    data = load_for(config(labels="1"))
+    picked = []
+    monkeypatch.setattr(controls.running, "validation", lambda split, p, method: {"val_auroc": -len(picked) if picked.append(0) is None else 0})
+    _, at = controls.member(data, np.arange(len(data.train)), config(), Control(epochs=4, batch_size=16, checks=4), torch.device("cpu"), 0)
+    assert at == .25 and len(picked) == 4
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_fixmatch_is_its_two_equations(multilabel):
+    """On a network that answers what it is given, against a loop over the images."""
+    rng = np.random.default_rng(0)
+    x, few = torch.rand(6, 1, 8, 8), torch.rand(3, 1, 8, 8)
+    logits = torch.from_numpy(4 * rng.standard_normal((15, 3))).float()
+    y = torch.from_numpy(rng.integers(0, 2, (3, 3))).float() if multilabel else torch.tensor([0, 2, 1])
+    part = lambda x, y: type("Part", (), dict(x=x, y=y))()
+    batch = part(x, torch.zeros(6, 3) if multilabel else torch.zeros(6, dtype=torch.long))
+    batch.few = part(few, y)
+    found = fixmatch_loss(lambda seen: logits, batch, Control(1, sure=.8, weight=2.), torch.Generator().manual_seed(0))
+    want = controls.class_loss(logits[:3], y)
+    for weak, changed in zip(logits[3:9], logits[9:]):
+        if multilabel:
+            for a, b in zip(weak.sigmoid(), changed.sigmoid()):
+                if max(a, 1 - a) >= .8:
+                    want = want - 2. / 18 * torch.log(b if a > .5 else 1 - b)
+        elif weak.softmax(0).max() >= .8:
+            want = want - 2. / 6 * changed.log_softmax(0)[weak.argmax()]
+    assert found.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_strong_view_is_another_picture_in_the_same_range_and_repeatable():
+    x = torch.rand(16, 3, 32, 32) * 2 - 1
+    one, again = (strong(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, again) and one.shape == x.shape and one.min() >= -1 and one.max() <= 1
+    assert ((one - x).abs().mean((1, 2, 3)) > .1).all() and len({tuple(image.flatten().tolist()) for image in one}) == 16
+    assert torch.equal(x, x.clamp(-1, 1))
+
+
+def test_fixmatch_learns_from_few_labels():
+    result, _ = measured(config(labels="0.3", limit=160), Control(epochs=25, fixmatch=True, batch_size=16, ratio=1, checks=4))
+    assert result["method"] == "fixmatch" and result["labelled"] < 60
+    assert result["test"]["auroc"] > .65
+
+
+# ----------------------------------------------------------------------------- differences
+def answers(rng, n, skill, seeds=3, ids=None):
+    found, labels = {}, rng.integers(0, 3, n)
+    for seed in range(seeds):
+        p = rng.dirichlet(np.ones(3), n)
+        p[np.arange(n), labels] += skill
+        found[seed] = np.array(ids or [f"image {i}" for i in range(n)]), labels, p / p.sum(1, keepdims=True)
+    return found
+
+
+def test_a_difference_is_the_mean_over_seeds_on_the_images_that_both_answered():
+    rng = np.random.default_rng(0)
+    one = answers(rng, 60, .5)
+    other = {seed: (ids[::-1][:40], labels[::-1][:40], p[::-1][:40] * 0 + [1, 0, 0]) for seed, (ids, labels, p) in one.items()}
+    found = claims.difference(one, other, claims.SCORES["accuracy"], n=50)
+    want = [(p[20:].argmax(1) == labels[20:]).mean() - (labels[20:] == 0).mean() for _, labels, p in one.values()]
+    assert found["by_seed"] == pytest.approx(want) and found["mean"] == pytest.approx(np.mean(want)) and found["images"] == 40
+    assert found["sd"] == pytest.approx(np.std(want, ddof=1)) and found["low"] < found["mean"] < found["high"]
+    with pytest.raises(ValueError, match="other labels"):
+        claims.difference(one, {0: (one[0][0], (one[0][1] + 1) % 3, one[0][2])}, claims.SCORES["accuracy"])
+
+
+def test_the_interval_covers_the_difference_about_as_often_as_it_says():
+    """Two models of known accuracy, .6 and .5, on other images each time."""
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(200):
+        ids, labels, right = np.arange(80), np.zeros(80, int), rng.random((2, 80)) < np.array([[.6], [.5]])
+        one, other = ({0: (ids, labels, np.stack([r, ~r], 1).astype(float))} for r in right)
+        found = claims.difference(one, other, claims.SCORES["accuracy"], n=200)
+        inside += found["low"] <= .1 <= found["high"]
+    assert .89 <= inside / 200 <= .99
+
+
+@pytest.mark.parametrize("low, high, bold", [(.01, .03, True), (-.01, .03, False), (-.03, -.01, True)])
+def test_an_interval_without_zero_is_bold(low, high, bold):
+    assert claims.interval(dict(mean=.01, low=low, high=high)).startswith("**") == bold
+
+
+def test_the_tables_are_made_from_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    test = dict.fromkeys(("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "aurc"), .5)
+    for name, skill in (("resnet", .1), ("diffmic", 2.), ("diffmic", 0.)):
+        cell = f"{name}-retinamnist" + "-paper" * (skill == 0)
+        for seed, found in answers(np.random.default_rng(7), 50, skill).items():
+            claims.write(cell, seed, dict(test=test, seconds=10., params=1000, ms_an_image=2.), found)
+    claims.differences("retinamnist")
+    assert claims.side_table("retinamnist").splitlines()[2:] == [
+        f"| {name} | {' | '.join(['0.500 ± 0.000'] * 6)} | 10 | 2.0 | 1,000 |" for name in ("ResNet-18", "`diffmic`", "`diffmic`, recipe paper")]
+    first, second = claims.differences_table("retinamnist").split("\n\n")
+    assert "`diffmic` | **+" in first and first.count("**+") >= 4 and "`diffmic` | macro F1 | **+" in second
