@@ -68,8 +68,8 @@ for name in IDEAS["symmflow"].keys() - {"raw"}:                         # raw: i
     CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
 # Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each (SECONDS a network's training of 1,000 images of 32 px)
 REAL = {"retinamnist": dict(data="retinamnist", size=32, augment="hflip,vflip"), "pneumoniamnist": dict(data="pneumoniamnist", size=32, augment="")}
-PASSES = {"retinamnist": dict(diffmic=(4, 36), symmflow=(0, 18), diffclassifier=(0, 12), mediffusion=(8, 14), resnet=150),
-          "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=36)}
+PASSES = {"retinamnist": dict(diffmic=(4, 36), symmflow=(0, 18), diffclassifier=(0, 12), mediffusion=(8, 14), resnet=120),
+          "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=30)}
 FOR_ALL = {"diffmic": {}, "symmflow": dict(generated=20), "diffclassifier": dict(judged=0, votes=25), "mediffusion": dict(explained=1)}
 for data, given in REAL.items():
     for method, more in FOR_ALL.items():
