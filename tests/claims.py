@@ -78,12 +78,22 @@ for data, given in REAL.items():
         CELLS |= {f"{method}-{data}": (method, settings, (0, 1, 2)), f"{method}-{data}-paper": (method, settings | dict(recipe="paper"), (0, 1, 2))}
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
+SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels; the whole: the cells above
+FEW_LABELS = {"joint": ("mediffusion", FOR_ALL["mediffusion"]), "alone": ("mediffusion", FOR_ALL["mediffusion"] | dict(variant="no_diffusion")),
+              "resnet": ("resnet", {}), "fixmatch": ("fixmatch", dict(fixmatch=True))}
+STEPS = 800                                                             # of the plain ResNet and of FixMatch on few labels, where validation picks one of twelve
+for share in SHARES:
+    for name, (method, more) in FEW_LABELS.items():
+        (first, second), given = PASSES["pneumoniamnist"]["mediffusion"], REAL["pneumoniamnist"] | dict(scale="small", labels=share) | more
+        given |= dict(baseline=False, pretrain_epochs=first, epochs=second) if method == "mediffusion" else dict(steps=STEPS)
+        CELLS[f"{name}-pneumoniamnist-{share}"] = (method, given, (0, 1, 2))
+CELLS["alone-pneumoniamnist"] = ("mediffusion", CELLS["mediffusion-pneumoniamnist"][1] | dict(variant="no_diffusion"), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
 
 def command(name, seed):
     method, settings, _ = CELLS[name]
-    if method == "resnet":
+    if method in ("resnet", "fixmatch"):
         return f"python -m tests.claims --only {name}"
     given = {k.replace("_", "-"): v for k, v in (settings | {"seed": seed}).items() if (k, v) not in (("data", "toy"), ("seed", 0))}
     options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {v}" for k, v in given.items())
@@ -93,7 +103,7 @@ def command(name, seed):
 def run(name, seed, root=None):
     """Trains one cell and writes its record."""
     method, settings, _ = CELLS[name]
-    if method == "resnet":
+    if method in ("resnet", "fixmatch"):
         return write(name, seed, *control(settings | dict(seed=seed) | (dict(root=root) if root else {})))
     module, found = importlib.import_module(method), None
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +151,7 @@ def speed(module, checkpoint, root=None, n=32):
 
 def control(settings):
     """A record and answers of plain ResNets: controls.measured."""
-    own = ("members", "epochs", "fixmatch")
+    own = ("members", "epochs", "steps", "fixmatch")
     config = importlib.import_module("mediffusion").configure(**dict(labels="1") | {k: v for k, v in settings.items() if k not in own})
     return controls.measured(config, controls.Control(**{k: v for k, v in settings.items() if k in own}))
 
@@ -383,6 +393,20 @@ def side_table(data):
             cost = f"{np.mean([r['seconds'] for r in found]):.0f} | {np.mean([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
             shown = {"resnet": "ResNet-18", "resnets": "mean of five of them"}.get(name, f"`{name}`" + ", recipe paper" * bool(recipe))
             lines.append(f"| {shown} | {' | '.join(cells)} | {cost} |")
+    return "\n".join(lines)
+
+
+def shares_table():
+    """Mean AUROC on test by the share of the labels that was shown: mean and sd over seeds."""
+    cells = {"Mediffusion": "mediffusion" , "its classifier alone": "alone", "ResNet-18": "resnet", "FixMatch, the same ResNet-18": "fixmatch"}
+    lines = ["| labels shown | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
+    for share in (*SHARES, "1"):
+        row = []
+        for name in cells.values():
+            cell = f"{name}-pneumoniamnist" if share == "1" else f"{'joint' if name == 'mediffusion' else name}-pneumoniamnist-{share}"
+            v = [r["test"]["auroc"] for r in records(cell)]
+            row.append(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
+        lines.append(f"| {float(share):.0%} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

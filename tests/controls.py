@@ -19,9 +19,11 @@ from data import Batches, labelled, load_for, shortcut
 
 @dataclass
 class Control:
-    """members: networks, whose probabilities are averaged, each of other weights and order. checks: times at which validation may pick the weights.
-    fixmatch: images without a label join (Sohn et al. 2020), `ratio` for each with one; a guess surer than `sure` becomes its label."""
-    epochs: int
+    """epochs: passes over the images with a label, or, where few are shown, so many `steps` in all. members: networks, whose probabilities are averaged,
+    each of other weights and order. checks: times at which validation may pick the weights. fixmatch: images without a label join (Sohn et al. 2020),
+    `ratio` for each with one; a guess surer than `sure` becomes its label."""
+    epochs: int = 1
+    steps: int = 0
     members: int = 1
     fixmatch: bool = False
     ratio: int = 3
@@ -84,7 +86,7 @@ def member(data, rows, config, control, device, seed):
     average.load_state_dict(net.state_dict())
     train, names = data.train.take(rows), [a for a in config.augment.split(",") if a]
     batches = Batches(train, control.batch_size, train=True)
-    steps = control.epochs * len(batches)
+    steps = control.steps or control.epochs * len(batches)
     if control.fixmatch:
         train = replace(data.train, few=(rows, control.batch_size))
     optimizer = torch.optim.AdamW(net.parameters(), control.lr, weight_decay=0.)
