@@ -150,7 +150,7 @@ def result(folder):
     return dict(last={k: last[k] for k in ("nets", "ema", "optimizer")}, best={k: best[k] for k in ("nets", "ema", "optimizer")},
                 position={k: v for k, v in last["position"].items() if k != "history"}, history=timeless(last["position"]["history"]),
                 log=timeless(json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()),
-                predictions=(folder / "predictions.csv").read_bytes(), metrics={k: str(v) for k, v in metrics.items() if k not in ("seconds", "method_specific")})
+                predictions=(folder / "predictions.csv").read_bytes(), metrics={k: str(v) for k, v in metrics.items() if k not in ("seconds", "commit", "method_specific")})
 
 
 def assert_same_run(folder, reference):
