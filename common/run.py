@@ -749,8 +749,11 @@ class State:
 
     def means(self):
         """The epoch's means. The sums stay until `close_epoch`: a run stopped during validation needs them again."""
-        sums = {k: v.cpu() for k, v in self.sums.items()}
-        sums.pop("count")
+        sums = {k: v.clone() for k, v in self.sums.items() if k != "count"}
+        if world() > 1:
+            for v in sums.values():
+                dist.all_reduce(v)
+        sums = {k: v.cpu() for k, v in sums.items()}
         return {k: (v[0] / v[1]).item() if v.ndim == 1 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
     def keep_best(self, row, select, path):

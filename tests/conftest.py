@@ -10,6 +10,17 @@ import torch  # noqa: E402
 torch.set_num_threads(2)
 
 
+def stay(event, given):
+    """Nothing here speaks to another machine, nor do its forks: they inherit this."""
+    host = given[0] if event in ("socket.getaddrinfo", "socket.gethostbyname") else None
+    if event in ("socket.connect", "socket.sendto") and isinstance(given[1], tuple):        # no path of a socket on this machine
+        host = given[1][0]
+    assert host in (None, "", "localhost", "127.0.0.1", "::1"), f"a test would speak to {host}"
+
+
+sys.addaudithook(stay)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 

@@ -1216,7 +1216,7 @@ class Witness(Split):
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """One run of about half a minute, watched: {result, config, folder, log, evaluated, averaged, test}."""
+    """One run of a quarter of a minute, watched: {result, config, folder, log, evaluated, averaged, test}."""
     monkeypatch, log, evaluated, averaged, kept = pytest.MonkeyPatch(), [], [], [], {}
     load, step, close, evaluate, average = (diffmic.load_for, diffmic.train_step, run.State.close_epoch, diffmic.evaluate, run.update_ema)
 
@@ -1247,6 +1247,7 @@ def toy_run(tmp_path_factory):
         for owner, name, function in ((diffmic, "load_for", watched_load), (diffmic, "train_step", watched_step), (run.State, "close_epoch", watched_close),
                                       (diffmic, "evaluate", watched_evaluate), (run, "update_ema", watched_average)):
             m.setattr(owner, name, function)
+        m.setattr(run.score, "__defaults__", (None, 5))                  # resamples of the intervals
         config = configure(data="toy", device="cpu", size=28, limit=640, epochs=8, pretrain_epochs=2, batch_size=16, timesteps=50, steps=10, samples=8,
                            hidden=64, lr=2e-2, guide_lr=4e-3, mmd_weight=0., baseline=False, output=str(tmp_path_factory.mktemp("run") / "toy"))
         result = diffmic.train(config)
@@ -1401,10 +1402,21 @@ class Stopped(Exception):
     pass
 
 
+SHORT = dict(data="toy", size=28, limit=32, batch_size=8, epochs=3, pretrain_epochs=1, hidden=16, steps=2, samples=1, baseline=False)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.score, "__defaults__", (None, 5))
+        diffmic.train(configure(**SHORT, output=str(folder)))
+    return folder
+
+
 @pytest.mark.parametrize("stop_at", [5, 9])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(stop_at, tmp_path, monkeypatch):
-    settings = dict(data="toy", size=28, limit=32, batch_size=8, epochs=3, pretrain_epochs=1, hidden=16, steps=2, samples=1, baseline=False)
-    diffmic.train(configure(**settings, output=str(tmp_path / "whole")))
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(stop_at, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.score, "__defaults__", (None, 5))
     step, calls = diffmic.train_step, itertools.count()
 
     def stopping(*args):
@@ -1412,12 +1424,12 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(stop_at
             raise Stopped
         return step(*args)
 
-    config = configure(**settings, output=str(tmp_path / "parted"))
+    config = configure(**SHORT, output=str(tmp_path / "parted"))
     with monkeypatch.context() as m, pytest.raises(Stopped):
         m.setattr(diffmic, "train_step", stopping)
         diffmic.train(config)
     diffmic.train(config, resume=tmp_path / "parted")
-    whole, parted = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parted"))
+    whole, parted = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole_run, tmp_path / "parted"))
     assert same(whole["nets"], parted["nets"]) and same(whole["ema"], parted["ema"]) and whole["position"]["step"] == 16
     shown = [[{k: v for k, v in row.items() if "seconds" not in k} for row in content["position"]["history"]] for content in (whole, parted)]
     assert repr(shown[0]) == repr(shown[1])

@@ -201,6 +201,15 @@ def run(command, cwd):
     return subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of_damaged_files():
+    section, record = re.search(r"(?s)## What was tried to break it\n(.*?)(?:\n## |\Z)", README)[1], json.loads((claims.RESULTS / "fuzz.json").read_text())
+    ends = {code: sum(count.get(code, 0) for count in record["exit_codes"].values()) for code in "012"}
+    assert f"{record['files']:,} damaged files: {ends['0']:,} are read, {ends['1'] + ends['2']:,} refused" in section
+    assert sum(ends.values()) == record["files"] == 3000 and record["finds"] == 0
+    assert all((ROOT / "tests" / name).exists() or (claims.RESULTS / name).exists() for name in re.findall(r"`(\w+\.(?:py|json))`", section))
+    assert [int(n) for n in re.findall(r"(?m)^\| (\d+) \|", section)] == list(range(1, 15))
+
+
 def test_the_commands_of_the_readme_run(lesions):
     """Each command of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file."""
     small, done = " --limit 64 --epochs 1", []
