@@ -1,4 +1,7 @@
 """Two threads, the repository on the path, and a cache folder of its own for every test."""
+import collections
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
+SLOW = Path(__file__).resolve().parent / "results" / "slow.json"
 
 
 def stay(event, given):
@@ -23,6 +27,7 @@ sys.addaudithook(stay)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--record", action="store_true", help="keep what came of the slow ones in tests/results/slow.json")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,6 +39,20 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes on two cores; skipped unless asked for")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """--record: by test file, how many slow tests passed, failed and were skipped, and the commit that they tried; what was not run stays as it was."""
+    if config.getoption("--record"):
+        found = json.loads(SLOW.read_text()) if SLOW.exists() else {}
+        counts = collections.defaultdict(collections.Counter)
+        for outcome in ("passed", "failed", "skipped", "error"):
+            for report in terminalreporter.stats.get(outcome, []):
+                if "slow" in report.keywords:
+                    counts[report.nodeid.partition("::")[0]][outcome] += 1
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SLOW.parent, capture_output=True, text=True).stdout.strip()
+        found |= {file: dict(sorted(count.items())) | {"commit": commit} for file, count in counts.items()}
+        SLOW.write_text(json.dumps({"command": "python -m pytest -m slow --record"} | dict(sorted(found.items())), indent=1) + "\n")
 
 
 @pytest.fixture(scope="module")
