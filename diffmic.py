@@ -67,7 +67,7 @@ from common.mmd import mmd_rbf
 from common.resnet import ResNet
 from common.schedules import ddim_step, ddpm_step, level, linear_alpha_bar, respaced_timesteps
 from common.tsne import tsne as plane
-from data import Batches, DataError, load_for, read_split, shortcut
+from data import Batches, DataError, load_for, mirrored, read_split, shortcut
 
 METHOD = "diffmic"
 TEMPERATURE = 0.2                       # softmax((1, 0, ..., 0) / 0.2) is 0.97 sure of one of 5 classes
@@ -134,6 +134,7 @@ class Config:
     steps: int = 250  # [1..] of the reverse process, spread over T
     sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or deterministic given y_T
     samples: int = 1  # [1..] S, draws averaged for a prediction
+    mirror: bool = False  # the draws look at the image and its mirror images, those of --augment, in turn
     calibrate: bool = False  # fit the softmax's temperature on validation
     uncertainty: Literal["entropy", "margin", "spread"] = "entropy"  # what predictions are ranked by
     stem = property(lambda self: "small" if self.size < 100 else "imagenet")    # of every ResNet
@@ -185,8 +186,7 @@ def estimate(denoiser, config, y, condition, t, a, b):
 def loss(nets, config, x, y0, y_g, y_l):
     """Eqs. 4-6 for images x, one-hot labels y0 and priors y_g, y_l (B, C) -> dict of scalars, and eps by tenths of t."""
     B, C = y0.shape
-    t = draw_timesteps(B, config.timesteps, config.antithetic, x.device)
-    eps = torch.randn_like(y0)
+    t, eps = draw_timesteps(B, config.timesteps, config.antithetic, x.device), torch.randn_like(y0)
     a, b = nets.sqrt_ab[t, None], nets.sqrt_1m_ab[t, None]
     rho = nets.encoder(x)                                               # once, for the three branches
 
@@ -236,9 +236,7 @@ def train_step(nets, ema, config, batch, joint):
 
 def sample(denoiser, config, condition, noise, timesteps):
     """The reverse process over n falling levels: condition (as `estimate`), noise (B, n, C) -> the path (B, n + 1, C), y_T first, y_0 last.
-
-    Each step predicts y_0 and eps, then draws y_s, s the next level, from the posterior. No clipping.
-    """
+    Each step predicts y_0 and eps, then draws y_s, s the next level, from the posterior. No clipping."""
     alpha_bar, f = linear_alpha_bar(config.timesteps), condition[2]
     path = [f + noise[:, 0]]                                            # eq. 1
     levels = [int(t) for t in timesteps] + [-1]
@@ -255,30 +253,36 @@ class Prediction(NamedTuple):
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
-    guide: "Guide | None"               # what the guide saw
+    guide: "Guide | None"               # what the guide saw in the image as it is
     condition: tuple                    # of the denoiser: y_g, y_l, f, rho(x)
     path: torch.Tensor                  # (B, S, steps + 1, C) from y_T to y_0
 
 
+def told(nets, config, x):
+    """What the guide sees in images x (B, channels, H, W), and what the denoiser is told of them: y_g, y_l, f (B, C), rho(x) (B, F)."""
+    guide = nets.guide and nets.guide(x)
+    y_g, y_l = guide.priors() if guide else x.new_zeros(2, len(x), nets.classes)
+    return guide, (y_g, y_l, prior_mean(y_g, y_l, config.prior_mean), nets.encoder(x)) if nets.denoiser is not None else ()
+
+
 def classify(nets, config, x, noise):
-    """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image."""
+    """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image, or mirror image."""
     B, S, _, C = noise.shape
-    guide, condition = nets.guide and nets.guide(x), ()
+    views = mirrored(x, config.augment)[:S] if config.mirror else [x]
+    guides, conditions = zip(*(told(nets, config, view) for view in views))
     if nets.denoiser is not None:
-        y_g, y_l = guide.priors() if guide else x.new_zeros(2, B, C)
-        condition = y_g, y_l, prior_mean(y_g, y_l, config.prior_mean), nets.encoder(x)
-        path = sample(nets.denoiser, config, [c.repeat_interleave(S, 0) for c in condition], noise.flatten(0, 1),
-                      respaced_timesteps(config.timesteps, config.steps)).unflatten(0, (B, S))
+        of_draws = [torch.stack([c[s % len(views)] for s in range(S)], 1).flatten(0, 1) for c in zip(*conditions)]
+        path = sample(nets.denoiser, config, of_draws, noise.flatten(0, 1), respaced_timesteps(config.timesteps, config.steps)).unflatten(0, (B, S))
         y0 = path[:, :, -1].mean(1)
         logits = y0.clamp_min(1e-6).log() if config.target == "y0" else y0 / TEMPERATURE
         p = (logits / nets.temperature).softmax(1)
     else:
-        p = guide.fused() if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
+        p = guides[0].fused() if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
         path = p[:, None, None]
     top = p.topk(2, 1).values
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(C)
     spread = (path[:, :, -1].argmax(2) != p.argmax(1, keepdim=True)).float().mean(1)
-    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guide, condition, path)
+    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guides[0], conditions[0], path)
 
 
 # ============================================================================= 5 networks
@@ -502,8 +506,7 @@ def measure(nets, data, config, device, figures):
         return {}
     for steps, samples in sorted({(1, 1), (5, 1), (config.steps, 1), (config.steps, config.samples)}):
         setting = dataclasses.replace(config, steps=min(steps, config.timesteps), samples=samples)
-        predictions, _ = evaluate(nets, data.val, setting, device)
-        m = metrics.summary(data.val.labels, predictions[METHOD])
+        m = metrics.summary(data.val.labels, evaluate(nets, data.val, setting, device)[0][METHOD])
         table.append({"steps": setting.steps, "samples": samples, "accuracy": m["accuracy"], "ece": m["ece"], "nll": m["nll"]})
     return {"validation_by_steps_and_samples": table}
 

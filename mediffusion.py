@@ -94,6 +94,7 @@ class Config:
     # --- method ---
     labels: str = "1"  # share of the training images whose label is shown, over 0 and up to 1, or a file with an image name a line
     labelled_batch: int = 32  # [2..] images with labels that join each batch
+    turn: bool = False  # turn images with labels by up to 30 degrees for the classifier, and the plain ResNet; the diffusion's stay upright
     variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the classifier alone, at every step (the paper's Table 3, not its settings)
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
     autoencoder: str = ""  # file of one to use instead of training one: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a run's autoencoder.pt
@@ -515,10 +516,9 @@ def evaluate(nets, split, config, device, joint=True):
 
 
 def models(nets, config):
-    """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first."""
+    """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first, whose temperature is undone for the other."""
     of = {METHOD: lambda x, names: nets.answers(nets.head(features(nets, config, nets.latents(x), names)))}
-    control = lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())          # the method's temperature, undone
-    return of | ({"resnet": control} if nets.resnet is not None else {})
+    return of | ({"resnet": lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())} if nets.resnet is not None else {})
 
 
 def uncertainties(p, multilabel):

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from . import aptos2019, cache, chestxray14, chexpert, folder, ham10000, isic2019, isic2020, medmnist, pmg2000, report, splits, toy
-from .batches import Batches
+from .batches import Batches, mirrored
 from .images import FITS, read_images, too_many_bad
 from .shortcut import columns, shortcut, telling
 from .splits import labelled
 from .types import DataError, DataSet, Split
 
-__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "read_split", "labelled", "shortcut"]
+__all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "mirrored", "read_split", "labelled", "shortcut"]
 LOADERS = {"ham10000": ham10000.table, "isic2019": isic2019.table, "isic2020": isic2020.table, "chexpert": chexpert.table,
            "chestxray14": chestxray14.table, "aptos2019": aptos2019.table, "pmg2000": pmg2000.table, "folder": folder.table,
            **{name: functools.partial(chexpert.table, reading=reading) for name, reading in chexpert.READINGS.items()}}
@@ -82,7 +82,7 @@ def load_for(config, facts=None):
                 skip_bad=config.skip_bad, **known)
     if hasattr(config, "labels") and data.train is not None and not (facts and config.limit):          # a list names images that a limit leaves out
         known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
-        data.train = dataclasses.replace(data.train, few=(np.flatnonzero(known), config.labelled_batch), labels=data.train.labels.copy())
+        data.train = dataclasses.replace(data.train, few=(np.flatnonzero(known), config.labelled_batch, *["rotate"] * config.turn), labels=data.train.labels.copy())
         data.train.labels[~known] = -1
         data.notes.append(f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it")
     judged = getattr(config, "judged", 0)

@@ -36,8 +36,8 @@ class Batches:
     (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
     augment: names out of "hflip", "vflip" (half of the images each) and "rotate" (-30..30 degrees, bilinear, black outside).
     balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
-    process out of several. A split with `few` = (rows, n): to each batch belong n more of these rows, all of them in turn, and of these draws
-    speaks `balanced`.
+    process out of several. A split with `few` = (rows, n, *names): to each batch belong n more of these rows, all of them in turn, augmented by
+    these names as well; and of these draws speaks `balanced`.
     """
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
@@ -49,7 +49,8 @@ class Batches:
         self.epoch, self.start = divmod(start, self.count) if train else (0, start)
         self.few = None
         if train:
-            rows, joining = split.few or (np.arange(n), 0)
+            rows, joining, *more = split.few or (np.arange(n), 0)
+            self.augment_few = (*self.augment, *more)
             rng = np.random.default_rng([seed, 1, self.epoch])
             order = self._balanced_order(rng, rows, n) if balanced and not joining else rng.permutation(n)
             self.indices = [rows[rank::world] for rows in np.array_split(order, self.count)]
@@ -87,12 +88,12 @@ class Batches:
                 raw = [part.result() for part in waiting]
                 if number + 1 < self.count:
                     waiting = read(number + 1)
-                few = self._finished(raw[1], self.few[number], number, 7) if self.few else None
-                yield self._finished(raw[0], self.indices[number], number, 2)._replace(few=few)
+                few = self._finished(raw[1], self.few[number], number, 7, self.augment_few) if self.few else None
+                yield self._finished(raw[0], self.indices[number], number, 2, self.augment)._replace(few=few)
 
-    def _finished(self, raw, index, number, purpose):
-        flip, angle = draw_changes(self.augment, len(raw), np.random.default_rng([self.seed, purpose, self.epoch, number, self.rank]))
-        if self.augment and self.device.type == "cpu":
+    def _finished(self, raw, index, number, purpose, names):
+        flip, angle = draw_changes(names, len(raw), np.random.default_rng([self.seed, purpose, self.epoch, number, self.rank]))
+        if names and self.device.type == "cpu":
             # a few images at a time from bytes to floats, all of it in the cache
             x, step = torch.empty(raw.shape), max(1, 1250000 // raw[0].numel())
             for part in (slice(i, i + step) for i in range(0, len(raw), step)):
@@ -107,6 +108,12 @@ def draw_changes(names, B, rng):
     """Of B images: left-right and up-down (B, 2), -1 where mirrored, else 1; angles (B,) in radians. All numbers come from `rng`."""
     flip = np.stack([np.where((name in names) & (rng.random(B) < .5), -1., 1.) for name in ("hflip", "vflip")], 1)
     return flip, rng.uniform(-np.pi / 6, np.pi / 6, B) * ("rotate" in names)
+
+
+def mirrored(x, augment):
+    """Images (B, C, H, W) as they are, then mirrored in each way that --augment has: a list of 1, 2 or 4."""
+    views = [x, x.flip(3)] if "hflip" in augment else [x]
+    return views + [view.flip(2) for view in views] if "vflip" in augment else views
 
 
 def finish(raw, flip, angle):

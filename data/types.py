@@ -18,7 +18,7 @@ class Split:
     boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels; multi-label (N, K, 4), nan where none is known
     posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
     source: dict = field(default_factory=dict)  # {name: (N,)} of numbers or str: what is known besides the pixels: shortcut.py
-    few: tuple | None = None                    # semi-supervised training: the rows with a label (M,), and how many of them join each batch
+    few: tuple | None = None                    # semi-supervised training: the rows with a label (M,), how many of them join each batch, more augmentations of theirs
 
     def __len__(self):
         return len(self.labels)

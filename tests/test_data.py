@@ -1,6 +1,7 @@
 """The cache decodes once; groups stay on one side; load() draws, drops duplicates and refuses what cannot be learnt from."""
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ from PIL import Image
 import data
 from data import Batches, DataError, Split, aptos2019, batches, cache, chestxray14, ham10000, images, isic2019, isic2020, splits
 from data.__main__ import main
+from data.batches import mirrored
 from data.tables import Record, read_columns, read_table
 from tests.loading import noted
 
@@ -885,6 +887,27 @@ def test_to_each_batch_belong_labelled_images_all_of_them_in_turn(few, joining, 
         assert len(set(rounds[-1])) == len(rounds[-1]) and set(order) <= set(split.few[0])
         orders += [part.tolist() for part in rounds if len(part) == few] or [order.tolist()]
     assert few == 1 or len(set(map(tuple, orders))) == len(orders)              # each round in an order of its own
+
+
+@pytest.mark.parametrize("augment", [(), FLIPS])
+def test_labelled_images_may_be_augmented_in_a_way_that_the_others_are_not(augment):
+    split = partly(20, 6)
+    more = dataclasses.replace(split, few=(*split.few, "rotate"))
+    for plain, turned in zip(Batches(split, 8, train=True, augment=augment), Batches(more, 8, train=True, augment=augment), strict=True):
+        assert same(plain._replace(few=None), turned._replace(few=None)) and (turned.variant >= 0).all()
+        assert np.array_equal(plain.few.index, turned.few.index) and (turned.few.variant == -1).all() and (plain.few.variant >= 0).all()
+        assert not any(map(torch.equal, plain.few.x, turned.few.x))
+        assert augment or torch.allclose(plain.few.x, torch.from_numpy(split.images[plain.few.index]).float() / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment, ways", [("", 1), ("rotate", 1), ("hflip", 2), ("vflip,rotate", 2), ("hflip,vflip", 4)])
+def test_mirror_images_are_those_that_training_may_have_shown(augment, ways):
+    x = torch.rand(2, 3, 4, 5)
+    views = mirrored(x, augment)
+    assert len(views) == ways and torch.equal(views[0], x) and len({view.numpy().tobytes() for view in views}) == ways
+    shown = [batches.augment(x, np.array([flip] * 2), np.zeros(2)) for flip in itertools.product((-1, 1), repeat=2)]
+    assert all(any(torch.equal(view, of) for of in shown) for view in views)
+    assert all(torch.equal(view, x.flip(3 if augment == "hflip" else 2)) for view in views[1:] if ways == 2)
 
 
 def test_without_few_and_where_a_split_is_judged_nothing_joins():

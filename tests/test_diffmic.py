@@ -362,6 +362,23 @@ def test_the_sampler_leaves_batch_norms_and_mode_as_they_are(mode):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("target", ["eps", "y0"])
+def test_with_mirror_the_draws_look_at_the_image_and_its_mirror_images_in_turn(target):
+    config = tiny(augment="hflip,vflip", mirror=True, samples=8, target=target)
+    nets, x = worn(networks(config)), images(3)
+    noise = torch.randn(3, 1, config.steps, 5).expand(-1, 8, -1, -1)      # all draws alike, but for what they look at
+    with torch.no_grad():
+        found, plain = (diffmic.classify(nets, c, x, noise) for c in (config, dataclasses.replace(config, mirror=False)))
+        views = [x, x.flip(3), x.flip(2), x.flip(2, 3)]
+        alone = [diffmic.classify(nets, dataclasses.replace(config, mirror=False), view, noise[:, :1]) for view in views]
+        assert all(torch.allclose(diffmic.classify(nets, config, view, noise).p, found.p, atol=1e-5) for view in views)
+    for s in range(8):
+        assert torch.allclose(found.path[:, s], alone[s % 4].path[:, 0], atol=1e-5)
+    assert not torch.allclose(found.path, plain.path, atol=1e-3) and torch.equal(found.guide.saliency, plain.guide.saliency)
+    assert all(map(torch.equal, found.condition, plain.condition))        # of the image as it is: what explain shows
+    assert diffmic.classify(nets, dataclasses.replace(config, samples=1), x, noise[:, :1]).path.shape[1] == 1   # one draw: no view but the first
+
+
 def test_classifying_changes_nothing_in_the_networks():
     config = tiny(samples=2)
     nets = worn(networks(config))

@@ -1185,6 +1185,20 @@ def test_colour_label_maps_for_an_autoencoder_of_gray_images_are_refused(latent)
 
 
 # ---------------------------------------------------------------------------------------------- draws, batches, seeds
+@pytest.mark.parametrize("augment, ways", [("hflip", 2), ("", 1)])
+def test_with_mirror_the_draws_look_at_the_image_and_its_mirror_images_in_turn(augment, ways):
+    config = tiny(augment=augment, mirror=True, samples=4)
+    nets, x = networks(config), images(3)
+    noise = torch.randn(3, 1, *nets.shapes(16)[1]).expand(-1, 4, -1, -1, -1)        # all draws alike, but for what they look at
+    plain = dataclasses.replace(config, mirror=False)
+    with torch.no_grad():
+        found, other = symmflow.classify(nets, config, x, noise), symmflow.classify(nets, config, x.flip(3), noise)
+        alone = [symmflow.classify(nets, plain, view, noise[:, :1]) for view in (x, x.flip(3))[:ways]]
+    assert torch.allclose(found.y, sum(one.y for one in alone) / ways, atol=1e-5)
+    assert torch.allclose(found.p, other.p, atol=1e-5) == (ways == 2)
+    assert torch.allclose(found.p, symmflow.classify(nets, plain, x, noise).p, atol=1e-6) == (ways == 1)
+
+
 @pytest.mark.parametrize("codes", KINDS)
 @torch.no_grad()
 def test_several_draws_are_averaged_before_the_decision(codes):
