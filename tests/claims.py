@@ -733,7 +733,8 @@ def main(argv=None):
         return print(votes(args.votes))
     if args.table:
         print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"),
-                drawn_table("symmflow-toy"), ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table()), sep="\n\n")
+                drawn_table("symmflow-toy"), ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), *(of(data) for data in REAL for of in (side_table, differences_table)
+                if (RESULTS / f"{data}-differences.json").exists()), *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper"))), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")
