@@ -748,12 +748,9 @@ class State:
             self.sums[k] = self.sums.get(k, 0) + (torch.stack([v * weight, torch.full_like(v, weight)]) if v.ndim == 0 else v)
 
     def means(self):
-        """The epoch's means. The sums stay until `close_epoch`: a run stopped during validation needs them again."""
-        sums = {k: v.clone() for k, v in self.sums.items() if k != "count"}
-        if world() > 1:
-            for v in sums.values():
-                dist.all_reduce(v)
-        sums = {k: v.cpu() for k, v in sums.items()}
+        """The epoch's means, of several processes those of the first. The sums stay until `close_epoch`: a run stopped during validation needs them again."""
+        sums = {k: v.cpu() for k, v in self.sums.items()}
+        sums.pop("count")
         return {k: (v[0] / v[1]).item() if v.ndim == 1 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
     def keep_best(self, row, select, path):
