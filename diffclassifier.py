@@ -13,7 +13,7 @@ time the class with the least error has a vote. Classes share the noise, so that
     elbo: least mean of -dl/dt E, twice the bound of -log p(x | c): Bayes' rule;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
     the n whose l lies in the j-th of ten ranges, w and b fitted on validation                 `bucket_differences`, `fit` in common/votes.py
 
-M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float32. `survivors` stops early.
+M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float64. `survivors` stops early.
 
     python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
     python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU; its other network: --backbone dit
@@ -429,7 +429,7 @@ def judge(nets, config, split, device):
             level = torch.from_numpy(t[tuple(zip(*rows))]).to(device)
             with run.autocast(config, device):
                 found = errors(nets, config, torch.cat([x[i] for i, _ in rows]), level, eps, *torch.tensor(pairs, device=device).T)
-            for (r, k), e in zip(pairs, found.sum((1, 2, 3)).tolist()):
+            for (r, k), e in zip(pairs, found.sum(3).cpu().double().sum((1, 2)).tolist()):
                 error[(*rows[r], k)] = e
             for i in list(x):
                 done[i] += levels
