@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--record"):
         found = json.loads(SLOW.read_text()) if SLOW.exists() else {}
         counts = collections.defaultdict(collections.Counter)
-        for outcome in ("passed", "failed", "skipped", "error"):
+        for outcome in ("passed", "failed", "xfailed", "xpassed", "skipped", "error"):
             for report in terminalreporter.stats.get(outcome, []):
                 if "slow" in report.keywords:
                     counts[report.nodeid.partition("::")[0]][outcome] += 1

