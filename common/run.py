@@ -754,10 +754,12 @@ class State:
         return {k: (v[0] / v[1]).item() if v.ndim == 1 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
     def keep_best(self, row, select, path):
-        """Saves best.pt where the validation metric rose; keeps the plain ResNet's best weights by its own."""
-        for name, key in ((self.method, f"val_{select}"), ("resnet", f"val_resnet_{select}")):
-            if key in row and not row[key] <= self.best.get(name, {}).get("score", -math.inf):
-                self.best[name] = {"score": row[key], "epoch": row["epoch"]}
+        """Saves best.pt where the validation metric rose, with `select` last in every epoch; keeps the plain ResNet's best weights by its own."""
+        metric = "accuracy" if select == "last" else select
+        for name, key in ((self.method, f"val_{metric}"), ("resnet", f"val_resnet_{metric}")):
+            score = row["epoch"] if select == "last" else row.get(key)
+            if key in row and not score <= self.best.get(name, {}).get("score", -math.inf):
+                self.best[name] = {"score": score, "epoch": row["epoch"]}
                 if name == "resnet":
                     self.best_resnet = copy.deepcopy(self.ema.resnet.state_dict())
                 else:

@@ -34,6 +34,7 @@ class Control:
     warmup: float = .1
     ema: float = .99
     checks: int = 12
+    select: str = "auroc"
 
 
 def class_loss(logits, y):
@@ -105,7 +106,7 @@ def member(data, rows, config, control, device, seed):
             running.update_ema(average, net, control.ema, step)
             step += 1
             if step % check == 0 or step == steps:
-                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device)}, "resnet")["val_" + config.select]
+                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device)}, "resnet")["val_" + control.select]
                 if found >= best:
                     best, kept, at = found, {k: v.clone() for k, v in average.state_dict().items()}, step
             if step == steps:

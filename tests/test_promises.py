@@ -74,6 +74,13 @@ def test_what_has_not_been_trained_yet_is_no_candidate(method, reference):
     assert json.loads((reference(method) / "metrics.json").read_text())["selected_epoch"] > 1
 
 
+@every
+def test_with_select_last_no_epoch_is_picked(method, fork, tmp_path):
+    assert fork(method, *TINY[method], "--select", "last", "--output", tmp_path / "run").code == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["selected_epoch"] == len(log) > 1
+
+
 # ----------------------------------------------------------------------------- every kind of data
 
 def noise(channels, size, classes, multilabel):
