@@ -10,8 +10,8 @@ time the class with the least error has a vote. Classes share the noise, so that
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
     majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li: Bayes' rule without the bound's weights)      `rules`
-    elbo: least mean of -dl/dt E, twice the bound of -log p(x | c): Bayes' rule;  learned: logits b_c - sum_j w_j D[j, c], where D is the mean of E[n, c] - mean_k E[n, k] over
-    the n whose l lies in the j-th of ten ranges, w and b fitted on validation                 `bucket_differences`, `fit` in common/votes.py
+    elbo: least mean of -dl/dt E, twice the bound of -log p(x | c): Bayes' rule;  learned: logits b_c - sum_j w_j D[j, c]; D the mean of
+    E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of ten ranges, w, b fitted on validation   `bucket_differences`, `fit` in common/votes.py
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float64. `survivors` stops early.
 
@@ -180,7 +180,7 @@ def epsilon(config, out, z, a, s):
 def loss_weight(config, l):
     """w(l) of the squared error of what is predicted: of v, or of eps, whose error is a^2 times that of v; SNR = e^l."""
     snr, a2 = l.exp(), torch.sigmoid(l)
-    ratio = a2 if config.prediction == "eps" else torch.ones_like(l)     # so that min-snr and authors mean the same for both
+    ratio = a2 if config.prediction == "eps" else torch.ones_like(l)    # so that min-snr and authors mean the same for both
     return {"none": torch.ones_like(l), "min-snr": snr.clamp_max(5) / (1 + snr) / ratio, "authors": a2 / (1 + snr.clamp_max(5)) / ratio,
             "band": .05 + torch.exp(-((l + 1) / 4) ** 2)}[config.loss_weight]
 
@@ -228,7 +228,7 @@ def rules(nets, config, error, alive, t):
     """{rule: probabilities (M, K)} of errors (M, N, K) at times t (M, N); a class that is not alive (M, K) was eliminated, and cannot win."""
     side, t = nets.shape[-1], torch.from_numpy(t).double()
     slope = shifted_cosine_slope(t, config.noise_d, max(side, config.noise_d)).numpy()[..., None]
-    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # rank by mean error, the least highest: a tenth of it breaks ties of votes + 1/2
+    lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # by mean error, the least is highest; it breaks ties of votes + 1/2
     differences = bucket_differences(error, logsnr(config, t, side).numpy())
     scores = {"majority": np.log(count_votes(error) + .5 + .1 * lower), "mean": mean_scores(error, alive), "elbo": mean_scores(error, alive, slope),
               "learned": nets.bias.cpu().numpy() - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}

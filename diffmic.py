@@ -44,7 +44,7 @@ split, not on the test set; a constant saliency map gives K places, not one K ti
   its base                   .940  .227   --guide-schedule constant  .928  .279   --label-smoothing 0.1      .930  .257
   --target eps               .932  .263   --no-calibrate             .932  .297   --balanced                 .914  .288
   --roi-weight uniform       .922  .298   --roi-size 8               .918  .295
-Rejected: --roi-size 8 and the four after it. The others take one field of PLUS, below, away; prior dropout helps where the guide overfits (tests/results).
+Rejected: --roi-size 8 and the third column. The others take one field of PLUS, below, away; prior dropout helps where the guide overfits (tests/results).
 target y0: y_0_hat = softmax(D(..)), eps_hat of it by eq. 2; cross-entropy in place of L_eps, the MMD still of eps_hat.
 """
 # ============================================================================= 2 imports

@@ -67,7 +67,8 @@ CELLS |= {"diffmic-toy-base": ("diffmic", dict(data="toy") | BASE["diffmic"], (0
 CELLS |= {f"{method}-toy-{name}": (method, dict(data=DATA[method]) | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 for name in IDEAS["symmflow"].keys() - {"raw"}:                         # raw: its draws differ, the table of steps says what their mean is worth
     CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
-# Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each (SECONDS a network's training of 1,000 images of 32 px)
+# Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each: PASSES over the training
+# images, of pretraining and of the rest
 REAL = {"retinamnist": dict(data="retinamnist", size=32, augment="hflip,vflip"), "pneumoniamnist": dict(data="pneumoniamnist", size=32, augment="")}
 PASSES = {"retinamnist": dict(diffmic=(4, 36), symmflow=(0, 18), diffclassifier=(0, 12), mediffusion=(8, 14), resnet=120),
           "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=30)}
