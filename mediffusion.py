@@ -151,7 +151,7 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+PLUS = dict(turn=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used

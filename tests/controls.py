@@ -1,4 +1,5 @@
 """What tests/claims.py sets beside the methods and no method contains: a ResNet-18 given as much time, several of them averaged, and FixMatch.
+Each looks at the mirror images that training shows, too, as recipe plus of two methods does; its record has the metrics of one view as well.
 
     python -m tests.claims --only resnet-retinamnist fixmatch-toy_xray-0.1
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from common import run as running
 from common.resnet import ResNet
-from data import Batches, labelled, load_for, shortcut
+from data import Batches, labelled, load_for, mirrored, shortcut
 
 
 @dataclass
@@ -41,11 +42,12 @@ def class_loss(logits, y):
     return F.binary_cross_entropy_with_logits(logits, y) if y.ndim == 2 else F.cross_entropy(logits, y)
 
 
-def probabilities(net, split, device):
-    """(N, K), in float64."""
+def probabilities(net, split, device, augment=""):
+    """(N, K), in float64: the mean over the image and its mirror images, those of `augment`."""
+    answer = (lambda x: net(x).double().sigmoid()) if split.labels.ndim == 2 else (lambda x: net(x).double().softmax(1))
+    net.eval()
     with torch.no_grad():
-        logits = torch.cat([net.eval()(batch.x).double().cpu() for batch in Batches(split, 128, device)])
-    return (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
+        return torch.cat([torch.stack([answer(x) for x in mirrored(batch.x, augment)]).mean(0).cpu() for batch in Batches(split, 128, device)]).numpy()
 
 
 def strong(x, generator):
@@ -80,7 +82,7 @@ def fixmatch_loss(net, batch, control, generator):
 
 
 def member(data, rows, config, control, device, seed):
-    """One network, its parameters' average at the check that validation likes best, and that check's number."""
+    """One network, its parameters' average at the check that validation likes best; the share of the steps then done; and the average in the end."""
     torch.manual_seed(running.seed_of(seed, "control"))
     make = lambda: running.place(ResNet(18, data.channels, len(data.classes), config.width, "small" if config.size < 100 else "imagenet"), device)
     net, average = make(), make()
@@ -106,13 +108,13 @@ def member(data, rows, config, control, device, seed):
             running.update_ema(average, net, control.ema, step)
             step += 1
             if step % check == 0 or step == steps:
-                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device)}, "resnet")["val_" + control.select]
+                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device, config.augment)}, "resnet")["val_" + control.select]
                 if found >= best:
                     best, kept, at = found, {k: v.clone() for k, v in average.state_dict().items()}, step
             if step == steps:
                 break
-    average.load_state_dict(kept)
-    return average, at / steps
+    net.load_state_dict(kept)
+    return net, at / steps, average
 
 
 def measured(config, control):
@@ -121,23 +123,25 @@ def measured(config, control):
     device, method = running.start(config), "fixmatch" if control.fixmatch else "resnet"
     data = load_for(replace(config, labels="1") if hasattr(config, "labels") else config)
     rows = np.flatnonzero(labelled(data.train, getattr(config, "labels", "1"), config.seed, [*data.val.ids, *data.test.ids]))
-    began, found, nets = time.monotonic(), [], []
+    began, seconds, found, nets = time.monotonic(), 0., [], []
     for i in range(control.members):
-        net, at = member(data, rows, config, control, device, running.seed_of(config.seed, i) if i else config.seed)
+        net, at, last = member(data, rows, config, control, device, running.seed_of(config.seed, i) if i else config.seed)
         nets.append(net)
-        found.append((probabilities(net, data.val, device), probabilities(net, data.test, device), at))
+        seconds += time.monotonic() - began
+        found.append((probabilities(net, data.val, device, config.augment), probabilities(net, data.test, device, config.augment), at,
+                      probabilities(net, data.test, device), probabilities(last, data.test, device, config.augment)))
         print(f"{method} {i + 1} of {control.members}: best at {at:.2f} of its steps, {time.monotonic() - began:.0f} s", flush=True)
-    seconds = time.monotonic() - began
-    val, p = (np.mean([f[i] for f in found], 0) for i in (0, 1))
+        began = time.monotonic()
+    val, p, one_view, last = (np.mean([f[i] for f in found], 0) for i in (0, 1, 3, 4))
     unsure = 1 - np.maximum(p, 1 - p) if data.multilabel else 1 - p.max(1)
-    single = {f"member {i + 1}": q for i, (_, q, _) in enumerate(found)} if control.members > 1 else {}
+    more = {"one view": one_view, "not picked": last} | ({f"member {i + 1}": f[1] for i, f in enumerate(found)} if control.members > 1 else {})
     result = {"method": method, "data": config.data, "scale": config.scale, "seed": config.seed, "commit": running.commit(), "torch": str(torch.__version__),
               "device": device.type, "threads": torch.get_num_threads(), "seconds": seconds, "labelled": len(rows), "members": control.members,
               "params": sum(q.numel() for q in net.parameters()) * control.members, "selected": [f[2] for f in found],
               "validation": running.validation(data.val, {method: val}, method)}
     began = time.monotonic()
     for net in nets:
-        probabilities(net, data.test.take(np.arange(min(32, len(data.test)))), device)
+        probabilities(net, data.test.take(np.arange(min(32, len(data.test)))), device, config.augment)
     result["ms_an_image"] = 1e3 * (time.monotonic() - began) / min(32, len(data.test))
-    result |= running.score(data.test, {method: p} | single | shortcut(data), unsure, data.train.labels[rows])
+    result |= running.score(data.test, {method: p} | more | shortcut(data), unsure, data.train.labels[rows])
     return result, (data.test.ids, data.test.labels, p)

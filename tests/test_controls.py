@@ -1,4 +1,6 @@
 """The controls of tests/claims.py learn, and what is said of two cells' difference is right."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def config(**given):
 def test_a_plain_resnet_learns_and_the_mean_of_two_is_recorded_beside_each():
     result, (ids, labels, p) = measured(config(), Control(epochs=9, members=2, batch_size=16, checks=3))
     assert result["test"]["accuracy"] > result["baselines"]["majority"]["accuracy"] + .1
-    assert {"member 1", "member 2"} <= set(result["baselines"]) and result["members"] == len(result["selected"]) == 2
+    assert {"member 1", "member 2", "one view", "not picked"} <= set(result["baselines"]) and result["members"] == len(result["selected"]) == 2
     assert result["params"] == 2 * (result["params"] // 2) and result["ms_an_image"] > 0 and result["labelled"] == 160
     assert p.shape == (160, 5) and len(ids) == len(labels) == 160 and np.allclose(p.sum(1), 1)
     assert result["test"]["accuracy"] == pytest.approx((p.argmax(1) == labels).mean())
@@ -29,8 +31,15 @@ def test_the_control_is_the_one_that_validation_picked(monkeypatch):
     data = load_for(config(labels="1"))
     picked = []
     monkeypatch.setattr(controls.running, "validation", lambda split, p, method: {"val_auroc": -len(picked) if picked.append(0) is None else 0})
-    _, at = controls.member(data, np.arange(len(data.train)), config(), Control(epochs=4, batch_size=16, checks=4), torch.device("cpu"), 0)
+    _, at, last = controls.member(data, np.arange(len(data.train)), config(), Control(epochs=4, batch_size=16, checks=4), torch.device("cpu"), 0)
     assert at == .25 and len(picked) == 4
+
+
+def test_a_control_says_the_same_of_an_image_and_of_its_mirror_images():
+    split, net = load_for(config()).val.take(np.arange(8)), controls.ResNet(18, 3, 5, 8, "small")
+    of = lambda flip, augment: controls.probabilities(net, replace(split, images=np.flip(split.images, flip).copy()), torch.device("cpu"), augment)
+    both = (of((), "") + of(3, "")) / 2
+    assert np.allclose(of((), "hflip,rotate"), both, atol=1e-6) and np.allclose(of(3, "hflip"), both, atol=1e-6) and not np.allclose(of((), ""), both, atol=1e-4)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
