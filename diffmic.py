@@ -253,7 +253,7 @@ class Prediction(NamedTuple):
     entropy: torch.Tensor               # (B,) of p, over log C: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
     spread: torch.Tensor                # (B,) share of the draws that vote for another class than p does
-    guide: "Guide | None"               # what the guide saw in the image as it is
+    guides: tuple                       # what the guide saw in the image and in its mirror images: Guide or None
     condition: tuple                    # of the denoiser: y_g, y_l, f, rho(x)
     path: torch.Tensor                  # (B, S, steps + 1, C) from y_T to y_0
 
@@ -268,7 +268,7 @@ def told(nets, config, x):
 def classify(nets, config, x, noise):
     """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image, or mirror image."""
     B, S, _, C = noise.shape
-    views = mirrored(x, config.augment)[:S] if config.mirror else [x]
+    views = mirrored(x, config.augment * config.mirror)[:S]
     guides, conditions = zip(*(told(nets, config, view) for view in views))
     if nets.denoiser is not None:
         of_draws = [torch.stack([c[s % len(views)] for s in range(S)], 1).flatten(0, 1) for c in zip(*conditions)]
@@ -277,12 +277,12 @@ def classify(nets, config, x, noise):
         logits = y0.clamp_min(1e-6).log() if config.target == "y0" else y0 / TEMPERATURE
         p = (logits / nets.temperature).softmax(1)
     else:
-        p = guides[0].fused() if config.variant == "dcg" else nets.resnet(x).float().softmax(1)
+        p = torch.stack([g.fused() for g in guides] if config.variant == "dcg" else [nets.resnet(view).float().softmax(1) for view in views]).mean(0)
         path = p[:, None, None]
     top = p.topk(2, 1).values
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1) / np.log(C)
     spread = (path[:, :, -1].argmax(2) != p.argmax(1, keepdim=True)).float().mean(1)
-    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guides[0], conditions[0], path)
+    return Prediction(p, entropy, 1 - (top[:, 0] - top[:, 1]), spread, guides, conditions[0], path)
 
 
 # ============================================================================= 5 networks
@@ -468,14 +468,14 @@ def learning_rate(config, group, epoch):
 # ============================================================================= 6 evaluation
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
-    """Every model on a whole split: ({model: probabilities (N, C)}, {kind: uncertainty (N,)}); the method comes first.
+    """Every model on a whole split: ({model: probabilities (N, C)}, {kind: uncertainty (N,)}); the method comes first. --mirror is for all of them.
 
     joint=False, during the guide's warm-up, leaves the diffusion out. The noise of an image depends on (seed, id) alone.
     """
     nets.eval()
     rows = defaultdict(list)
-    batches = Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world())
-    for batch in run.progress(batches, "evaluate"):
+    for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
+        views = mirrored(batch.x, config.augment * config.mirror)[:config.samples]
         noise = run.image_noise(config.seed, [split.ids[i] for i in batch.index], (config.samples, config.steps, nets.classes), device)
         with run.autocast(config, device):
             out = classify(nets, config, batch.x, noise) if joint else None
@@ -484,9 +484,9 @@ def evaluate(nets, split, config, device, joint=True):
                 for kind in ("entropy", "margin", "spread"):
                     rows[kind].append(getattr(out, kind))
             if nets.guide is not None:
-                rows["guide"].append((out.guide if joint else nets.guide(batch.x)).fused())
+                rows["guide"].append(torch.stack([guide.fused() for guide in (out.guides if joint else map(nets.guide, views))]).mean(0))
             if nets.resnet is not None:
-                rows["resnet"].append(nets.resnet(batch.x).float().softmax(1))
+                rows["resnet"].append(torch.stack([nets.resnet(view).float().softmax(1) for view in views]).mean(0))
     rows = run.gather({k: torch.cat(v).cpu().numpy().astype(np.float64) for k, v in rows.items()})
     uncertainty = {k: rows.pop(k) for k in ("entropy", "margin", "spread") if k in rows}
     return rows, uncertainty
@@ -610,7 +610,7 @@ def explain_command(checkpoint, paths=(), limit=0, tsne=False, output="", **give
         with run.autocast(config, device):
             found = classify(nets, config, batch.x, noise)
             hidden.append([embedding(nets, config, found, i).float().cpu().numpy() for i in steps if tsne and batch.index[0] < 300])
-        for row, *one in zip(batch.index, *(a.float().cpu().numpy() for a in (found.p, found.entropy, found.path, *found.condition[:2], *found.guide[2:]))):
+        for row, *one in zip(batch.index, *(a.float().cpu().numpy() for a in (found.p, found.entropy, found.path, *found.condition[:2], *found.guides[0][2:]))):
             if row < limit:
                 tiles.append(draw_explanation(out, split, row, classes, truth, nets.guide.roi_size, *one))
             predicted.append(int(one[0].argmax()))

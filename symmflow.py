@@ -280,7 +280,7 @@ def classify(nets, config, x, noise):
     """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: a call of the network an image, draw and Euler step."""
     B, S = noise.shape[:2]
     field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 else None)            # 0: nobody looks at v_x
-    views = [nets.encode(view) for view in (mirrored(x, config.augment)[:S] if config.mirror else [x])]
+    views = [nets.encode(view) for view in mirrored(x, config.augment * config.mirror)[:S]]
     z = torch.stack([views[s % len(views)] for s in range(S)], 1).flatten(0, 1)
     y = flow(nets.unet, config, z, noise.flatten(0, 1), 1., 0., config.steps, field)[-1][1]
     y = nets.decode_map(y.unflatten(0, (B, S)))
@@ -457,14 +457,15 @@ def collect(nets, split, config, device):
 
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
-    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first."""
+    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first. --mirror is for all of them."""
     nets.eval()
     found, rows = collect(nets, split, config, device), []
     predictions = {METHOD: found["p"]}
     if nets.resnet is not None:
         for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
             with run.autocast(config, device):
-                rows.append((nets.resnet(batch.x).float() + nets.prior.log()).softmax(1).cpu().numpy().astype(np.float64))
+                p = [(nets.resnet(view).float() + nets.prior.log()).softmax(1) for view in mirrored(batch.x, config.augment * config.mirror)[:config.samples]]
+            rows.append(torch.stack(p).mean(0).cpu().numpy().astype(np.float64))
         predictions |= run.gather({"resnet": np.concatenate(rows)})
     return predictions, {kind: found[kind] for kind in KINDS}
 
@@ -473,8 +474,7 @@ def calibrate(nets, split, config, device):
     """Fits the temperature by the likelihood of a validation split."""
     if config.calibrate:
         nets.temperature.fill_(1)
-        predictions, _ = evaluate(nets, split, config, device)
-        nets.temperature.div_(metrics.sharpness(split.labels, predictions[METHOD]))
+        nets.temperature.div_(metrics.sharpness(split.labels, evaluate(nets, split, config, device)[0][METHOD]))
 
 
 @torch.no_grad()

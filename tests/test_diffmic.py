@@ -374,9 +374,26 @@ def test_with_mirror_the_draws_look_at_the_image_and_its_mirror_images_in_turn(t
         assert all(torch.allclose(diffmic.classify(nets, config, view, noise).p, found.p, atol=1e-5) for view in views)
     for s in range(8):
         assert torch.allclose(found.path[:, s], alone[s % 4].path[:, 0], atol=1e-5)
-    assert not torch.allclose(found.path, plain.path, atol=1e-3) and torch.equal(found.guide.saliency, plain.guide.saliency)
+    assert not torch.allclose(found.path, plain.path, atol=1e-3) and torch.equal(found.guides[0].saliency, plain.guides[0].saliency)
     assert all(map(torch.equal, found.condition, plain.condition))        # of the image as it is: what explain shows
     assert diffmic.classify(nets, dataclasses.replace(config, samples=1), x, noise[:, :1]).path.shape[1] == 1   # one draw: no view but the first
+
+
+def test_with_mirror_the_guide_and_the_plain_resnet_look_at_mirror_images_too():
+    config, split = tiny(augment="hflip,rotate", mirror=True, samples=4, baseline=True), toy.make(0, 28, {"train": 1, "val": 12, "test": 1}).val
+    flipped = dataclasses.replace(split, images=split.images[..., ::-1].copy())
+    nets = worn(networks(config))
+    plain = dataclasses.replace(config, mirror=False)
+    of = lambda c, part, joint: diffmic.evaluate(nets, part, c, CPU, joint)[0]
+    for joint in (False, True):
+        one, other, both = of(plain, split, joint), of(plain, flipped, joint), of(config, split, joint)
+        for model in ("guide", "resnet"):
+            assert np.allclose(both[model], (one[model] + other[model]) / 2, atol=1e-5) and not np.allclose(one[model], other[model], atol=1e-4), (model, joint)
+    for variant, model in ("dcg", "guide"), ("basic", "resnet"):
+        config = dataclasses.replace(config, variant=variant)
+        nets = worn(networks(config))
+        found = of(config, split, True)
+        assert np.allclose(found["diffmic"], found[model], atol=1e-6)
 
 
 def test_classifying_changes_nothing_in_the_networks():
@@ -1129,7 +1146,7 @@ def test_gray_and_colour_at_every_size_train_and_predict(channels, size, classes
         assert all(v.isfinite().all() for k, v in losses.items() if k != "eps_by_t")
     with torch.no_grad():
         out = diffmic.classify(nets.eval(), config, images(3, size, channels), torch.randn(3, 2, 2, classes))
-    assert out.p.shape == out.guide.fused().shape == (3, classes) and torch.allclose(out.p.sum(1), torch.ones(3))
+    assert out.p.shape == out.guides[0].fused().shape == (3, classes) and torch.allclose(out.p.sum(1), torch.ones(3))
 
 
 HAS = {"full": ("guide", "encoder", "denoiser"), "c2": ("guide", "encoder", "denoiser"), "c1": ("encoder", "denoiser"),

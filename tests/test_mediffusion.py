@@ -31,7 +31,7 @@ from common.resnet import ResNet
 from common.schedules import ddim_step, ddpm_step
 from data import Batches, DataSet, Split, load_for, toy
 from mediffusion import Aim, Changed, Config, configure, judged, levels, q_sample, reverse_step
-from tests import claims
+from tests import claims, counterfactuals
 from tests.loading import opened, short
 from tests.test_chestxray14 import BOXES, TABLE, nih
 from tests.test_run import processes
@@ -1095,14 +1095,14 @@ def protocol(monkeypatch, config, data, few, n=12, **given):
         return led, control
     monkeypatch.setattr(mediffusion, "counterfactual", editor)
     monkeypatch.setattr(mediffusion, "draw", lambda nets, config, labels, names, scale, device: torch.rand(len(names), 1, 16, 16) * 2 - 1)
-    return claims.measured_counterfactuals(networks(config), config, data, few, CPU, n, **given)
+    return counterfactuals.measured_counterfactuals(networks(config), config, data, few, CPU, n, **given)
 
 
 def test_the_protocol_finds_an_editor_of_the_finding_alone_by_a_judge_of_other_patients(monkeypatch, capsys):
     config, few, taught = tiny(augment="", width=8), np.arange(60), []
     data = DataSet(films(460, 0, "train", 2), films(100, 1, "val"), films(100, 2, "test"), ["a", "b", "c"], True, 1)
     data.train.labels[-40:, 2] = -1                                     # not known: no judge learns from them
-    monkeypatch.setattr(claims, "train_judge", lambda split, *args, real=claims.train_judge, **given: taught.append(split) or real(split, *args, **given))
+    monkeypatch.setattr(counterfactuals, "train_judge", lambda split, *args, real=counterfactuals.train_judge, **given: taught.append(split) or real(split, *args, **given))
     found = protocol(monkeypatch, config, data, few)
     assert found["judge"]["images"] == 400 == len(taught[0]) and found["judge"]["patients"] == 200 and not set(taught[0].groups) & set(data.train.groups[:60])
     assert all(value > .9 for value in found["judge"]["val_auroc"].values()) and "AUROC on validation: a " in capsys.readouterr().out
@@ -1124,9 +1124,9 @@ def test_what_the_judge_does_not_know_is_refused_and_the_table_says_so(monkeypat
     record = protocol(monkeypatch, tiny(augment=""), data, np.arange(20), n=4)
     rows = record["arms"]["as configured"]["rows"]
     assert "under 0.75" in rows["remove b"]["refused"] and "refused" in rows["enforce b"] and record["judge"]["val_auroc"]["b"] < .75
-    table = claims.counterfactuals_table(record, record["arms"]).splitlines()
+    table = counterfactuals.counterfactuals_table(record, record["arms"]).splitlines()
     assert len(table) == 8 and {line.count("|") for line in table} == {11} and sum("refused: the judge's AUROC of b is 0." in line for line in table) == 2
-    assert claims.samples_table(record).count("\n") == 4 and claims.box_plots(tmp_path / "boxes.png", rows).exists() and opened(tmp_path)
+    assert counterfactuals.samples_table(record).count("\n") == 4 and counterfactuals.box_plots(tmp_path / "boxes.png", rows).exists() and opened(tmp_path)
     json.dumps(record)
 
 
@@ -1136,9 +1136,9 @@ def test_a_judge_that_would_share_patients_with_the_model_is_refused(few, words)
     if few == 10:
         data.train.groups[3] = data.test.groups[1] = "film-patient-3"
     with pytest.raises(run.UserError, match=words) as caught:
-        claims.for_judge(data, np.arange(few))
+        counterfactuals.for_judge(data, np.arange(few))
     assert "\n" not in str(caught.value)
-    assert few == 10 or claims.for_judge(data, np.arange(11)).tolist() == list(range(12, 40))              # the twelfth image is of the sixth patient, too
+    assert few == 10 or counterfactuals.for_judge(data, np.arange(11)).tolist() == list(range(12, 40))              # the twelfth image is of the sixth patient, too
 
 
 def test_a_run_that_saw_all_labels_is_refused_in_one_line(tmp_path, capsys):
@@ -1151,14 +1151,14 @@ def test_a_finding_is_enforced_where_there_is_none_or_as_the_authors_do_where_an
     split = films(60, 0)
     has, boxes = split.labels > 0, split.boxes
     boxes[::2] = np.nan
-    rows = lambda *args: claims.starting(split, *args).tolist()
+    rows = lambda *args: counterfactuals.starting(split, *args).tolist()
     assert rows(1, True) == np.flatnonzero(~has.any(1)).tolist()
     odd = np.arange(60) % 2 == 1
     assert rows(1, True, True) == np.flatnonzero(odd & has.any(1) & ~has[:, 1]).tolist() and rows(1, False) == np.flatnonzero(odd & has[:, 1]).tolist()
     split.boxes = None
     assert rows(1, False) == np.flatnonzero(has[:, 1]).tolist()
     single = pictures(9, multilabel=False)
-    assert claims.starting(single, 2, False).tolist() == [2, 5, 8] and claims.starting(single, 2, True).tolist() == [0, 1, 3, 4, 6, 7]
+    assert counterfactuals.starting(single, 2, False).tolist() == [2, 5, 8] and counterfactuals.starting(single, 2, True).tolist() == [0, 1, 3, 4, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------- runs and commands

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import diffmic
-from tests import bench, claims
+from tests import bench, claims, counterfactuals
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", claims.RESULTS / "README.md"]              # the second has the tables
@@ -35,7 +35,7 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.steps_table("symmflow-toy") in README and claims.coverage_table("symmflow-toy") in README
     assert claims.drawn_table("symmflow-toy") in README and claims.ideas_table("symmflow") in README and claims.steps_table("symmflow-toy-raw") in README
     judged = json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())
-    assert claims.counterfactuals_table(judged) in README and claims.samples_table(judged) in README
+    assert counterfactuals.counterfactuals_table(judged) in README and counterfactuals.samples_table(judged) in README
     assert ", ".join(f"{row['judge']['diff']:+.2f}" for row in judged["arms"]["another classifier"]["rows"].values()) in README
     assert claims.labels_table() in README
     assert claims.votes_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
