@@ -66,13 +66,16 @@ SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffu
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
 CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | PICKED, (0, 1, 2))
 CELLS |= {f"{method}-toy-{name}": (method, dict(data=DATA[method]) | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
+CELLS["symmflow-toy-raw"] = (*CELLS["symmflow-toy-raw"][:2], (0, 1, 2))
 for name in IDEAS["symmflow"].keys() - {"raw"}:                         # raw: its draws differ, the table of steps says what their mean is worth
     CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
-# Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each: PASSES over the training
-# images, of pretraining and of the rest
-REAL = {"retinamnist": dict(data="retinamnist", size=32, augment="hflip,vflip"), "pneumoniamnist": dict(data="pneumoniamnist", size=32, augment="")}
+# Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each, of HAM10000 eight: PASSES over the
+# training images, of pretraining and of the rest
+REAL = {"retinamnist": dict(data="retinamnist", size=32, augment="hflip,vflip"), "pneumoniamnist": dict(data="pneumoniamnist", size=32, augment=""),
+        "ham10000": dict(data="ham10000", size=64, augment="hflip,vflip", limit=1500)}
 PASSES = {"retinamnist": dict(diffmic=(4, 36), symmflow=(0, 18), diffclassifier=(0, 12), mediffusion=(8, 14), resnet=120),
-          "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=30)}
+          "pneumoniamnist": dict(diffmic=(1, 8), symmflow=(0, 4), diffclassifier=(0, 3), mediffusion=(2, 3), resnet=30),
+          "ham10000": dict(diffmic=(2, 14), symmflow=(0, 8), diffclassifier=(0, 5), mediffusion=(4, 8), resnet=50)}
 FOR_ALL = {"diffmic": {}, "symmflow": dict(generated=20), "diffclassifier": dict(judged=0, votes=25), "mediffusion": dict(explained=1)}
 for data, given in REAL.items():
     for method, more in FOR_ALL.items():
@@ -82,6 +85,13 @@ for data, given in REAL.items():
         CELLS |= {f"{method}-{data}": (method, settings, (0, 1, 2)), f"{method}-{data}-paper": (method, settings | dict(recipe="paper") | more_calls, (0, 1, 2))}
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
+REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
+    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c1", "c2", "dcg")} | {"picked": PICKED},
+    "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
+                 "raw": dict(precondition=False), "flat": dict(time_scale=1.), "picked": PICKED | dict(samples=1)},
+    "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
+for method, ideas in REAL_IDEAS.items():                                # init: trained on other images first
+    CELLS |= {f"{method}-retinamnist-{name}": (method, CELLS[f"{method}-retinamnist"][1] | given, (0, 1, 2)) for name, given in ideas.items()}
 SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels; the whole: the cells above
 FEW_LABELS = {"joint": ("mediffusion", FOR_ALL["mediffusion"]), "alone": ("mediffusion", FOR_ALL["mediffusion"] | dict(variant="no_diffusion")),
               "resnet": ("resnet", {}), "fixmatch": ("fixmatch", dict(fixmatch=True))}
@@ -91,6 +101,7 @@ for share in SHARES:
         (first, second), given = PASSES["pneumoniamnist"]["mediffusion"], REAL["pneumoniamnist"] | dict(scale="small", labels=share) | more
         given |= dict(baseline=False, pretrain_epochs=first, epochs=second) if method == "mediffusion" else dict(steps=STEPS)
         CELLS[f"{name}-pneumoniamnist-{share}"] = (method, given, (0, 1, 2))
+CELLS["joint-pneumoniamnist-0.1-paper"] = ("mediffusion", CELLS["joint-pneumoniamnist-0.1"][1] | dict(recipe="paper"), (0, 1, 2))
 CELLS["alone-pneumoniamnist"] = ("mediffusion", CELLS["mediffusion-pneumoniamnist"][1] | dict(variant="no_diffusion"), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
@@ -99,7 +110,13 @@ def command(name, seed):
     method, settings, _ = CELLS[name]
     if method in ("resnet", "fixmatch"):
         return f"python -m tests.claims --only {name}"
-    given = {k.replace("_", "-"): v for k, v in (settings | {"seed": seed}).items() if (k, v) not in (("data", "toy"), ("seed", 0))}
+    first = f"{line(method, settings['init'] | dict(seed=seed, output='FIRST'))} && " if "init" in settings else ""
+    return first + line(method, settings | dict(seed=seed) | (dict(init="FIRST/best.pt") if first else {}))
+
+
+def line(method, settings):
+    """The command of settings."""
+    given = {k.replace("_", "-"): v for k, v in settings.items() if (k, v) not in (("data", "toy"), ("seed", 0))}
     options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {v}" for k, v in given.items())
     return f"python {method}.py {options}".strip()
 
@@ -112,6 +129,9 @@ def run(name, seed, root=None):
     module, found = importlib.import_module(method), None
     with tempfile.TemporaryDirectory() as folder:
         given = settings | dict(seed=seed, output=str(Path(folder) / "run")) | (dict(root=root) if root else {})
+        if "init" in settings:
+            module.train(module.configure(**settings["init"], seed=seed, output=str(Path(folder) / "first")))
+            given["init"] = str(Path(folder) / "first" / "best.pt")
         result = module.train(module.configure(**given))
         best = json.loads((Path(folder) / "run" / "log.jsonl").read_text().splitlines()[result["selected_epoch"] - 1])
         if method == "diffmic" and settings["data"] == "toy":
@@ -122,8 +142,10 @@ def run(name, seed, root=None):
         if name == "diffclassifier-toy":
             result["evidence"] = evidence(Path(folder) / "run" / "best.pt")
         if settings["data"] in REAL:
-            if method == "diffmic":
+            if method == "diffmic" and settings.get("variant", "full") == "full":
                 result["reverse"] = reverse(Path(folder) / "run" / "best.pt")
+            if method == "diffclassifier" and settings["data"] == "retinamnist" and "init" not in settings:
+                result["levels"] = levels(Path(folder) / "run" / "best.pt")
             result["ms_an_image"], found = speed(module, Path(folder) / "run" / "best.pt", root), answers(Path(folder) / "run" / "predictions.csv")
     write(name, seed, result, found)
 
@@ -200,6 +222,17 @@ def reverse_table(name):
         lines.append(f"| {'spread over all' if rows[0]['levels'] == 'spread' else 'the first ones'} | {rows[0]['draws']} | " +
                      " | ".join(f"{np.mean([row[key] for row in rows]):.3f}" for key in ("accuracy", "auroc", "nll", "ece")) + " |")
     return "\n".join(lines)
+
+
+def levels(checkpoint, votes=501):
+    """Of the diffusion classifier on validation: accuracy of its rules by the number of noise levels up to that of the paper; what stops early, how early."""
+    diffclassifier = importlib.import_module("diffclassifier")
+    config, nets, facts, device = running.load_model(checkpoint, "diffclassifier", diffclassifier.Config, diffclassifier.build, dict(votes=votes, stop="none"))
+    data = load_for(config)
+    diffclassifier.calibrate(nets, data.val, config, device)
+    with tempfile.TemporaryDirectory() as figures:
+        found = diffclassifier.measure(nets, data, config, device, Path(figures))
+    return {key: found[key] for key in ("validation_by_votes", "validation_by_stop")}
 
 
 def evidence(checkpoint, n=100):
@@ -279,18 +312,18 @@ def labels_table():
     return "\n".join(lines)
 
 
-def by_votes_table():
-    """Accuracy of its rules on validation by the number of noise levels: mean over the seeds of the toy cell."""
+def by_votes_table(name="diffclassifier-toy"):
+    """Accuracy of its rules on validation by the number of noise levels: mean over the seeds of a cell."""
     lines = ["| noise levels | majority | mean | ELBO-weighted | learned (fitted here) |", "|---|---|---|---|---|"]
-    for rows in zip(*(record["method_specific"]["validation_by_votes"] for record in records("diffclassifier-toy"))):
+    for rows in zip(*((record.get("levels") or record["method_specific"])["validation_by_votes"] for record in records(name))):
         lines.append(f"| {rows[0]['votes']} | " + " | ".join(f"{np.mean([row[k] for row in rows]):.3f}" for k in rows[0] if k != "votes") + " |")
     return "\n".join(lines)
 
 
-def stops_table():
-    """What its stops cost on validation, and how often they give the label of all levels: mean over the seeds of the toy cell."""
+def stops_table(name="diffclassifier-toy"):
+    """What its stops cost on validation, and how often they give the label of all levels: mean over the seeds of a cell."""
     lines = ["| stop | rule | share of the calls | same label |", "|---|---|---|---|"]
-    found = [record["method_specific"]["validation_by_stop"] for record in records("diffclassifier-toy")]
+    found = [(record.get("levels") or record["method_specific"])["validation_by_stop"] for record in records(name)]
     for stop in found[0] if found else ():
         mean = {k: np.mean([f[stop][k] for f in found]) for k in found[0][stop]}
         lines.append(f"| `--stop {stop}` | {'mean' if stop == 'ttest' else 'majority'} | {mean['share_of_calls']:.2f} | {mean['same_label']:.3f} |")
@@ -358,7 +391,30 @@ def table(name):
 # ============================================================================= side by side, on the same test images
 SCORES = {"accuracy": lambda y, p: metrics.accuracy(y, p.argmax(1)), "balanced accuracy": lambda y, p: metrics.balanced_accuracy(y, p.argmax(1)),
           "macro F1": lambda y, p: metrics.f1_macro(y, p.argmax(1)), "AUROC": metrics.auroc, "AURC": lambda y, p: metrics.aurc(p.argmax(1) == y, 1 - p.max(1))}
-MEANT_FOR = {"diffmic": ("macro F1",), "symmflow": ("AUROC", "AURC"), "diffclassifier": ("balanced accuracy",), "mediffusion": ("AUROC",)}
+NAMES = {"resnet": "ResNet-18", "resnets": "mean of five ResNets", "diffmic": "DiffMIC", "symmflow": "MedSymmFlow", "diffclassifier": "diffusion classifier", "mediffusion": "Mediffusion"}
+LOWER = ("AURC",)                                                       # is better
+SHOWN = {"retinamnist": "RetinaMNIST", "pneumoniamnist": "PneumoniaMNIST", "ham10000": "HAM10000"}
+RESNET = "is ahead of a ResNet-18 given the same images and minutes"
+FIVE = "is ahead of five ResNets that share the same minutes"
+PLUS = "is ahead with recipe plus of itself with recipe paper"
+CLAIMS = {                                                              # (it .., in what, its cells, those it is set against)
+    "DiffMIC": [*((words, "macro F1", [f"diffmic-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
+                (PLUS, "macro F1", [f"diffmic-{data}" for data in REAL], [f"diffmic-{data}-paper" for data in REAL]),
+                *((words, "macro F1", [f"diffmic-retinamnist{one}"], [f"diffmic-retinamnist-{other}"]) for words, one, other in (
+                    ("is ahead of its guide alone", "", "dcg"), ("is ahead of itself with one prior (C2)", "", "c2"), ("is with one prior ahead of none (C1)", "-c2", "c1"),
+                    ("is without a prior ahead of a plain classifier (basic)", "-c1", "basic")))],
+    "MedSymmFlow": [*((words, score, [f"symmflow-{data}" for data in REAL], [f"{other}-{data}{end}" for data in REAL])
+                      for words, other, end in ((RESNET, "resnet", ""), (PLUS, "symmflow", "-paper")) for score in ("AUROC", "AURC")),
+                    ("is ahead with one-hot codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-map"], ["symmflow-retinamnist-rgb"]),
+                    ("is ahead with grey codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-grey"], ["symmflow-retinamnist-rgb"])],
+    "The diffusion classifier": [(RESNET, "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+                                 ("knows better than a ResNet-18 which images to set aside", "AURC", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+                                 (PLUS + " at four times the network calls", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
+                                 ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
+    "Mediffusion": [(RESNET, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+                    *((words, "AUROC", [f"joint-pneumoniamnist-{share}" for share in shares], [f"{other}-pneumoniamnist-{share}{end}" for share in shares]) for words, other, shares, end in (
+                        ("is ahead of its classifier without the diffusion", "alone", SHARES, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", SHARES, ""),
+                        ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", SHARES, ""), (PLUS, "joint", ("0.1",), "-paper")))]}
 
 
 def said(name):
@@ -390,18 +446,46 @@ def difference(one, other, score, n=1000):
             "by_seed": by_seed, "images": len(both[0][0])}
 
 
-def differences(data):
-    """Writes DATA-differences.json: each method against one ResNet of the same minutes, and its recipe plus against paper in what it is meant for."""
-    answered = {name: said(f"{name}-{data}") for name in ("resnet", "resnets", *FOR_ALL)}
-    found = {"command": f"python -m tests.claims --differences {data}", "against": {}, "plus": {}}
-    for name, mine in answered.items():
-        if name != "resnet" and mine:
-            found["against"][name] = {key: difference(mine, answered["resnet"], score) for key, score in SCORES.items()}
-        if name in FOR_ALL and (paper := said(f"{name}-{data}-paper")):
-            found["plus"][name] = {key: difference(mine, paper, SCORES[key]) for key in MEANT_FOR[name]}
-    path = RESULTS / f"{data}-differences.json"
+def differences():
+    """Writes differences.json: on each of REAL, every method and five ResNets against one ResNet of the same minutes; and all of CLAIMS whose cells are there."""
+    found = {"command": "python -m tests.claims --differences", "against": {}, "claims": []}
+    for data in REAL:
+        answered = {name: said(f"{name}-{data}") for name in ("resnet", "resnets", *FOR_ALL)}
+        found["against"][data] = {name: {key: difference(mine, answered["resnet"], score) for key, score in SCORES.items()}
+                                  for name, mine in answered.items() if name != "resnet" and mine and answered["resnet"]}
+    for method, claims in CLAIMS.items():
+        for words, score, ones, others in claims:
+            for one, other in zip(ones, others):
+                if (mine := said(one)) and (theirs := said(other)):
+                    found["claims"].append(dict(method=method, claim=words, score=score, one=one, other=other) | difference(mine, theirs, SCORES[score]))
+    path = RESULTS / "differences.json"
     path.write_text(json.dumps(found, indent=1))
     return path
+
+
+def verdict(row):
+    """Of a claim's difference and its interval: holds, does not, or cannot be told."""
+    low, high = (-row["high"], -row["low"]) if row["score"] in LOWER else (row["low"], row["high"])
+    return "holds" if low > 0 else "does not" if high < 0 else "cannot be told"
+
+
+def place(cell):
+    """Where a claim was tried, as a sentence names it."""
+    data = next(name for name in REAL if name in cell)
+    share = cell.partition("pneumoniamnist-")[2].partition("-")[0]
+    return f"with {float(share):.0%} of the labels" if share else SHOWN[data]
+
+
+def sentences(methods=CLAIMS, only=None):
+    """The verdicts on CLAIMS, a sentence each, as a list in Markdown."""
+    found, lines = json.loads((RESULTS / "differences.json").read_text())["claims"], []
+    for method in methods:
+        for words, score, *_ in CLAIMS[method]:
+            rows = [row for row in found if (row["method"], row["claim"], row["score"]) == (method, words, score)]
+            if rows and (only is None or words in only):
+                each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}" for row in rows]
+                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}.")
+    return "\n".join(lines)
 
 
 def interval(found):
@@ -421,33 +505,69 @@ def side_table(data):
                 v = [r["test"][key] for r in found]
                 cells.append(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else ""))
             cost = f"{np.mean([r['seconds'] for r in found]):.0f} | {np.mean([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
-            shown = {"resnet": "ResNet-18", "resnets": "mean of five of them"}.get(name, f"`{name}`" + ", recipe paper" * bool(recipe))
-            lines.append(f"| {shown} | {' | '.join(cells)} | {cost} |")
+            lines.append(f"| {NAMES[name]}{', recipe paper' * bool(recipe)} | {' | '.join(cells)} | {cost} |")
     return "\n".join(lines)
+
+
+def all_sides_table():
+    """The README's: on each of REAL, mean over seeds of what a user asks first, in recipe plus."""
+    keys = {"balanced accuracy": "balanced_accuracy", "AUROC": "auroc", "AURC": "aurc"}
+    lines = ["| | " + " | ".join(f"{SHOWN[data]}: {key}" if i == 0 else key for data in REAL for i, key in enumerate(keys)) + " | s to train | ms an image |", "|---|" + "---|" * (3 * len(REAL) + 2)]
+    for name in ("resnet", "resnets", *FOR_ALL):
+        found = [records(f"{name}-{data}") for data in REAL]
+        cells = [f"{np.mean([r['test'][key] for r in of]):.3f}" if of else "" for of in found for key in keys.values()]
+        costs = [" / ".join(f"{np.mean([r[key] for r in of]):.{digits}f}" for of in found if of) for key, digits in (("seconds", 0), ("ms_an_image", 1))]
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells + costs)} |")
+    return "\n".join(lines)
+
+
+ARMS = {"Mediffusion": "joint", "its classifier alone": "alone", "ResNet-18": "resnet", "FixMatch, the same ResNet-18": "fixmatch"}
+
+
+def by_share():
+    """{arm: [AUROC on test of each seed, for each share of the labels]}; the whole of them is the cell of all methods."""
+    whole = {"joint": "mediffusion"}
+    return {arm: [[r["test"]["auroc"] for r in records(f"{name}-pneumoniamnist-{share}" if share != "1" else f"{whole.get(name, name)}-pneumoniamnist")] for share in (*SHARES, "1")]
+            for arm, name in ARMS.items()}
 
 
 def shares_table():
     """Mean AUROC on test by the share of the labels that was shown: mean and sd over seeds."""
-    cells = {"Mediffusion": "mediffusion" , "its classifier alone": "alone", "ResNet-18": "resnet", "FixMatch, the same ResNet-18": "fixmatch"}
-    lines = ["| labels shown | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
-    for share in (*SHARES, "1"):
-        row = []
-        for name in cells.values():
-            cell = f"{name}-pneumoniamnist" if share == "1" else f"{'joint' if name == 'mediffusion' else name}-pneumoniamnist-{share}"
-            v = [r["test"]["auroc"] for r in records(cell)]
-            row.append(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "")
-        lines.append(f"| {float(share):.0%} | " + " | ".join(row) + " |")
+    lines = ["| labels shown | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
+    for share, *row in zip((*SHARES, "1"), *by_share().values()):
+        lines.append(f"| {float(share):.0%} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "" for v in row) + " |")
     return "\n".join(lines)
 
 
+def curves():
+    """The pictures of the tables: accuracy on the surest images, AUROC by the share of the labels, accuracy by the number of noise levels."""
+    for data in REAL:
+        series = {}
+        for name in ("resnet", *FOR_ALL):
+            lines = [metrics.coverage_accuracy(p.argmax(1) == y, 1 - p.max(1)) for _, y, p in said(f"{name}-{data}").values()]
+            if lines:
+                series[NAMES[name]] = lines[0][0], np.mean([accuracy for _, accuracy in lines], 0)
+        if series:
+            plots.coverage(RESULTS / f"{data}-coverage.png", series, f"Accuracy on the images a model is surest of: {SHOWN[data]}, mean of {len(lines)} seeds")
+    few = {arm: [v for v in of[:-1]] for arm, of in by_share().items() if all(of[:-1])}
+    if few:
+        band = lambda of: ([100 * float(share) for share in SHARES], *(np.array([f(v) for v in of]) for f in (np.mean, np.min, np.max)))
+        plots.line_chart(RESULTS / "labels.png", {arm: band(of) for arm, of in few.items()}, "PneumoniaMNIST by the share of the labels; band: the seeds", "% of the labels shown", "AUROC, test")
+    series = {}
+    for recipe, cell in ("plus", "diffclassifier-retinamnist"), ("paper", "diffclassifier-retinamnist-paper"):
+        found = [record["levels"]["validation_by_votes"] for record in records(cell) if "levels" in record]
+        for rule in ("majority", "mean", "learned") if found else ():
+            series[f"{rule}, {recipe}"] = np.log10([row["votes"] for row in found[0]]), np.mean([[row[rule] for row in table] for table in found], 0)
+    if series:
+        plots.line_chart(RESULTS / "levels.png", series, "RetinaMNIST, validation, to which learned is fitted", "log10 of the noise levels an image", "accuracy")
+
+
 def differences_table(data):
-    """What is ahead of one ResNet of the same minutes, and of recipe paper: differences with their 95 % intervals."""
-    found = json.loads((RESULTS / f"{data}-differences.json").read_text())
+    """What is ahead of one ResNet of the same minutes: differences with their 95 % intervals."""
+    found = json.loads((RESULTS / "differences.json").read_text())["against"][data]
     lines = ["| ahead of a ResNet-18 by | " + " | ".join(SCORES) + " |", "|---|" + "---|" * len(SCORES)]
-    for name, row in found["against"].items():
-        lines.append(f"| {'mean of five ResNets' if name == 'resnets' else f'`{name}`'} | {' | '.join(interval(row[key]) for key in SCORES)} |")
-    lines += ["", "| `plus` ahead of `paper` by | in | difference |", "|---|---|---|"]
-    lines += [f"| `{name}` | {key} | {interval(row[key])} |" for name, row in found["plus"].items() for key in row]
+    for name, row in found.items():
+        lines.append(f"| {NAMES[name]} | {' | '.join(interval(row[key]) for key in SCORES)} |")
     return "\n".join(lines)
 
 
@@ -513,7 +633,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--root", help="folder of the data set, where it is not data/raw/NAME")
     parser.add_argument("--table", action="store_true", help="print the tables made from the records")
-    parser.add_argument("--differences", choices=REAL, help="of the cells on real images, with their intervals")
+    parser.add_argument("--differences", action="store_true", help="of the cells on real images, with their intervals, and what they say of each claim")
     parser.add_argument("--votes", metavar="RUN", help="keep the votes of 300 test images at 501 levels, of a toy run of diffclassifier.py")
     parser.add_argument("--counterfactuals", metavar="RUN", help="of a run of mediffusion.py, by a judge that saw other patients")
     parser.add_argument("--images", type=int, default=64, help="how many a row; default 64")
@@ -529,13 +649,13 @@ def main(argv=None):
     if args.picture:
         return print(pictures(args.picture))
     if args.differences:
-        return print(differences(args.differences))
+        return print(differences(), curves() or "")
     if args.votes:
         return print(votes(args.votes))
     if args.table:
-        print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"),
-                drawn_table("symmflow-toy"), ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), *(of(data) for data in REAL for of in (side_table, differences_table)
-                if (RESULTS / f"{data}-differences.json").exists()), *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper"))), sep="\n\n")
+        print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"), drawn_table("symmflow-toy"),
+                ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), shares_table(), *map(side_table, REAL), *map(differences_table, REAL), sentences(),
+                *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), *(table(f"diffclassifier-retinamnist{end}") for end in ("", "-paper") for table in (by_votes_table, stops_table))), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")

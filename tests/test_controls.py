@@ -1,4 +1,6 @@
 """The controls of tests/claims.py learn, and what is said of two cells' difference is right."""
+import re
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -123,8 +125,25 @@ def test_the_tables_are_made_from_records(tmp_path, monkeypatch):
         cell = f"{name}-retinamnist" + "-paper" * (skill == 0)
         for seed, found in answers(np.random.default_rng(7), 50, skill).items():
             claims.write(cell, seed, dict(test=test, seconds=10., params=1000, ms_an_image=2.), found)
-    claims.differences("retinamnist")
+    claims.differences()
     assert claims.side_table("retinamnist").splitlines()[2:] == [
-        f"| {name} | {' | '.join(['0.500 ± 0.000'] * 6)} | 10 | 2.0 | 1,000 |" for name in ("ResNet-18", "`diffmic`", "`diffmic`, recipe paper")]
-    first, second = claims.differences_table("retinamnist").split("\n\n")
-    assert "`diffmic` | **+" in first and first.count("**+") >= 4 and "`diffmic` | macro F1 | **+" in second
+        f"| {name} | {' | '.join(['0.500 ± 0.000'] * 6)} | 10 | 2.0 | 1,000 |" for name in ("ResNet-18", "DiffMIC", "DiffMIC, recipe paper")]
+    first = claims.differences_table("retinamnist")
+    assert "DiffMIC | **+" in first and first.count("**+") >= 4
+    one, two = claims.sentences().splitlines()
+    assert re.fullmatch(rf"- DiffMIC {claims.RESNET}, in macro F1: RetinaMNIST \+0\.\d+ \[\+0\.\d+, \+0\.\d+\]: holds\.", one) and "itself with recipe paper" in two
+    assert claims.sentences(["DiffMIC"], [claims.PLUS]) == two
+
+
+@pytest.mark.parametrize("low, high, score, said", [(.01, .03, "AUROC", "holds"), (-.03, -.01, "AUROC", "does not"), (-.01, .01, "AUROC", "cannot be told"),
+                                                    (.01, .03, "AURC", "does not"), (-.03, -.01, "AURC", "holds"), (-.01, .03, "AURC", "cannot be told")])
+def test_a_verdict_is_what_the_interval_says_and_less_risk_is_better(low, high, score, said):
+    assert claims.verdict(dict(low=low, high=high, score=score)) == said
+
+
+def test_every_claim_names_cells_that_there_are_and_a_place():
+    for method, rows in claims.CLAIMS.items():
+        for words, score, ones, others in rows:
+            assert score in claims.SCORES and len(ones) == len(others) and words.startswith(("is ", "knows "))
+            for one, other in zip(ones, others):
+                assert claims.CELLS[one][2] == claims.CELLS[other][2] == (0, 1, 2) and claims.place(one)
