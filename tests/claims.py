@@ -88,7 +88,7 @@ for data, given in REAL.items():
 REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
     "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c1", "c2", "dcg")} | {"picked": PICKED},
     "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
-                 "raw": dict(precondition=False), "flat": dict(time_scale=1.), "picked": PICKED | dict(samples=1)},
+                 "raw": dict(precondition=False), "flat": dict(time_scale=1.), "picked": PICKED | dict(samples=1), "label": dict(image_weight=.3)},
     "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
 for method, ideas in REAL_IDEAS.items():                                # init: trained on other images first
     CELLS |= {f"{method}-retinamnist-{name}": (method, CELLS[f"{method}-retinamnist"][1] | given, (0, 1, 2)) for name, given in ideas.items()}
