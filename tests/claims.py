@@ -144,7 +144,7 @@ def run(name, seed, root=None):
         if settings["data"] in REAL:
             if method == "diffmic" and settings.get("variant", "full") == "full":
                 result["reverse"] = reverse(Path(folder) / "run" / "best.pt")
-            if method == "diffclassifier" and settings["data"] == "retinamnist" and "init" not in settings:
+            if name == "diffclassifier-retinamnist":
                 result["levels"] = levels(Path(folder) / "run" / "best.pt")
             result["ms_an_image"], found = speed(module, Path(folder) / "run" / "best.pt", root), answers(Path(folder) / "run" / "predictions.csv")
     write(name, seed, result, found)
@@ -272,20 +272,29 @@ def few_table():
     for name in (name for name in CELLS if name.startswith("diffmic-few")):
         record, = records(name)
         val = validation(record)
-        options = command(name, 0).partition("--epochs 100")[2].strip()
-        lines.append(f"| {f'`{options}`' if options else '`plus`'} | {record['guide_in_training']:.3f} | {record['val_guide_accuracy']:.3f} | "
+        options = command(name, 0).partition("--no-mirror")[2].strip()
+        lines.append(f"| {f'`{options}`' if options else '`plus`, picked'} | {record['guide_in_training']:.3f} | {record['val_guide_accuracy']:.3f} | "
                      f"{val['accuracy']:.3f} | {val['nll']:.3f} | {record['test']['accuracy']:.3f} |")
     return "\n".join(lines)
 
 
+def changed(name):
+    """The options of a toy cell that its method's base has not."""
+    method, settings, _ = CELLS[name]
+    base = CELLS[f"{method}-toy-base"][1]
+    option = line(method, {k: v for k, v in settings.items() if base.get(k) != v and k != "generated"}).partition(".py ")[2]
+    return f"`{option}`" if option else "its base"
+
+
 def ideas_table(method):
-    """Recipe plus, its base, and the base with one field changed, toy seed 0: what decided (validation), what came of it (test)."""
+    """Recipe plus, as it was with the epoch picked and one view, its base, and the base with one field changed, toy seed 0: what decided (validation),
+    what came of it (test)."""
     lines = ["| | validation accuracy | NLL | test accuracy | macro F1 | epoch |", "|---|---|---|---|---|---|"]
-    for name in ("", *["-base"] * bool(BASE[method]), *(f"-{idea}" for idea in IDEAS[method])):
+    shown = {"": "`plus`", "-picked": "`plus`, picked"}
+    for name in (*shown, "-base", *(f"-{idea}" for idea in IDEAS[method])):
         for record in records(f"{method}-toy{name}")[:1]:
             val, test = validation(record), record["test"]
-            option = command(f"{method}-toy{name}", 0).partition(".py ")[2].replace(" --generated 20", "")
-            lines.append(f"| {f'`{option}`' if option else '`plus`'} | {val['accuracy']:.3f} | {val['nll']:.3f} | {test['accuracy']:.3f} | "
+            lines.append(f"| {shown.get(name) or changed(f'{method}-toy{name}')} | {val['accuracy']:.3f} | {val['nll']:.3f} | {test['accuracy']:.3f} | "
                          f"{test['f1_macro']:.3f} | {record['selected_epoch']} |")
     return "\n".join(lines)
 
@@ -296,8 +305,7 @@ def votes_table():
     lines = ["| | votes, validation | votes, test | learned, test | its AUROC |", "|---|---|---|---|---|"]
     for name in ("base", *IDEAS["diffclassifier"]):
         for record in records(f"diffclassifier-toy-{name}")[:1]:
-            option = command(f"diffclassifier-toy-{name}", 0).partition("--no-baseline")[2].strip()
-            lines.append(f"| {f'`{option}`' if option else '`plus`'} | {record['method_specific']['validation_by_votes'][-1]['majority']:.3f} | "
+            lines.append(f"| {changed(f'diffclassifier-toy-{name}')} | {record['method_specific']['validation_by_votes'][-1]['majority']:.3f} | "
                          f"{record['baselines']['rule majority']['accuracy']:.3f} | {record['test']['accuracy']:.3f} | {record['test']['auroc']:.3f} |")
     return "\n".join(lines)
 
@@ -307,8 +315,7 @@ def labels_table():
     lines = ["| | AUROC, validation | AUROC, test | epoch |", "|---|---|---|---|"]
     for name in ("base", *IDEAS["mediffusion"]):
         for record in records(f"mediffusion-toy-{name}")[:1]:
-            option = command(f"mediffusion-toy-{name}", 0).partition("--explained 1")[2].strip()
-            lines.append(f"| {f'`{option}`' if option else '`plus`'} | {record['val_auroc']:.3f} | {record['test']['auroc']:.3f} | {record['selected_epoch'] - 4} |")
+            lines.append(f"| {changed(f'mediffusion-toy-{name}')} | {record['val_auroc']:.3f} | {record['test']['auroc']:.3f} | {record['selected_epoch'] - 4} |")
     return "\n".join(lines)
 
 
@@ -554,10 +561,9 @@ def curves():
         band = lambda of: ([100 * float(share) for share in SHARES], *(np.array([f(v) for v in of]) for f in (np.mean, np.min, np.max)))
         plots.line_chart(RESULTS / "labels.png", {arm: band(of) for arm, of in few.items()}, "PneumoniaMNIST by the share of the labels; band: the seeds", "% of the labels shown", "AUROC, test")
     series = {}
-    for recipe, cell in ("plus", "diffclassifier-retinamnist"), ("paper", "diffclassifier-retinamnist-paper"):
-        found = [record["levels"]["validation_by_votes"] for record in records(cell) if "levels" in record]
-        for rule in ("majority", "mean", "learned") if found else ():
-            series[f"{rule}, {recipe}"] = np.log10([row["votes"] for row in found[0]]), np.mean([[row[rule] for row in table] for table in found], 0)
+    found = [record["levels"]["validation_by_votes"] for record in records("diffclassifier-retinamnist")]
+    for rule in ("majority", "mean", "elbo", "learned") if found else ():
+        series[rule] = np.log10([row["votes"] for row in found[0]]), np.mean([[row[rule] for row in table] for table in found], 0)
     if series:
         plots.line_chart(RESULTS / "levels.png", series, "RetinaMNIST, validation, to which learned is fitted", "log10 of the noise levels an image", "accuracy")
 
@@ -655,7 +661,7 @@ def main(argv=None):
     if args.table:
         print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"), drawn_table("symmflow-toy"),
                 ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), shares_table(), *map(side_table, REAL), *map(differences_table, REAL), sentences(),
-                *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), *(table(f"diffclassifier-retinamnist{end}") for end in ("", "-paper") for table in (by_votes_table, stops_table))), sep="\n\n")
+                *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), by_votes_table("diffclassifier-retinamnist"), stops_table("diffclassifier-retinamnist")), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")

@@ -45,11 +45,10 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
 
 @pytest.mark.parametrize("method", [diffmic], ids=lambda m: m.METHOD)
 def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records(method):
-    given = re.findall(r"  (plus|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", method.__doc__)
+    given = re.findall(r"  (plus|picked|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", method.__doc__)
     name = method.METHOD
-    cells = {"plus": f"{name}-toy"} | ({"its base": f"{name}-toy-base"} if claims.BASE[name] else {})
-    changed = {idea: claims.command(f"{name}-toy-{idea}", 0).partition(".py ")[2].replace("--prior-dropout 0.0 ", "") for idea in claims.IDEAS[name]}
-    cells |= {option: f"{name}-toy-{idea}" for idea, option in changed.items()}
+    cells = {"plus": f"{name}-toy", "picked": f"{name}-toy-picked"}
+    cells |= {claims.changed(f"{name}-toy-{idea}").strip("`"): f"{name}-toy-{idea}" for idea in ("base", *claims.IDEAS[name])}
     assert {option for option, *_ in given} == set(cells)
     for option, accuracy, nll in given:
         val = claims.records(cells[option])[0]["method_specific"]["validation_by_steps_and_samples"][-1]
