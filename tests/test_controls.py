@@ -133,6 +133,18 @@ def test_the_tables_are_made_from_records(tmp_path, monkeypatch):
     one, two = claims.sentences().splitlines()
     assert re.fullmatch(rf"- DiffMIC {claims.RESNET}, in macro F1: RetinaMNIST \+0\.\d+ \[\+0\.\d+, \+0\.\d+\]: holds\.", one) and "itself with recipe paper" in two
     assert claims.sentences(["DiffMIC"], [claims.PLUS]) == two
+    rows = claims.all_sides_table().splitlines()
+    assert rows[2] == "| ResNet-18 | 0.500 | 0.500 | 0.500 |  |  |  |  |  |  | 10 | 2.0 |" and {row.count("|") for row in rows} == {13}
+    assert "| ResNet-18 | RetinaMNIST | accuracy 0.524, AUROC 0.717 | 0.500, 0.500 |  |" in claims.papers_table()
+    for share in claims.SHARES:
+        for name in claims.ARMS.values():
+            for seed in range(2):
+                claims.write(f"{name}-pneumoniamnist-{share}", seed, dict(test=dict(auroc=.8 + .1 * seed)))
+    assert claims.shares_table().splitlines()[3] == "| 5% " + "| 0.850 ± 0.071 " * 4 + "|"
+    claims.write("diffclassifier-retinamnist", 0, dict(test=test, levels=dict(validation_by_votes=[dict(votes=n, majority=.5, mean=.5, elbo=.5, learned=.6) for n in (1, 501)])))
+    claims.curves()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"retinamnist-coverage.png", "labels.png", "levels.png"}
+    assert claims.by_votes_table("diffclassifier-retinamnist").splitlines()[3] == "| 501 | 0.500 | 0.500 | 0.500 | 0.600 |"
 
 
 @pytest.mark.parametrize("low, high, score, said", [(.01, .03, "AUROC", "holds"), (-.03, -.01, "AUROC", "does not"), (-.01, .01, "AUROC", "cannot be told"),
