@@ -8,6 +8,7 @@ import argparse
 import csv
 import importlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -32,9 +33,9 @@ CELLS = {                                                               # name: 
     "diffmic-ham10000-small": ("diffmic", dict(data="ham10000", scale="small"), (0,)),
 }
 PICKED = dict(select="accuracy", mirror=False)                          # as plus was when its other fields were chosen: validation picks the epoch
-FEW = dict(data="toy", limit=300, epochs=100) | PICKED                  # where a guide learns its images by heart: do its priors mislead?
-CELLS |= {"diffmic-few": ("diffmic", FEW, (0,)), "diffmic-few-nodropout": ("diffmic", FEW | dict(prior_dropout=0.), (0,)),
-          "diffmic-few-ema": ("diffmic", FEW | dict(prior_dropout=0., prior_source="ema"), (0,))}
+LITTLE = dict(data="toy", limit=300, epochs=100) | PICKED               # where a guide learns its images by heart: do its priors mislead?
+CELLS |= {"diffmic-few": ("diffmic", LITTLE, (0,)), "diffmic-few-nodropout": ("diffmic", LITTLE | dict(prior_dropout=0.), (0,)),
+          "diffmic-few-ema": ("diffmic", LITTLE | dict(prior_dropout=0., prior_source="ema"), (0,))}
 CELLS |= {
     "symmflow-toy": ("symmflow", dict(data="toy"), (0, 1, 2)),
     "symmflow-toy-paper": ("symmflow", dict(data="toy", recipe="paper"), (0,)),
@@ -92,16 +93,17 @@ REAL_IDEAS = {                                                          # of a m
     "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
 for method, ideas in REAL_IDEAS.items():                                # init: trained on other images first
     CELLS |= {f"{method}-retinamnist-{name}": (method, CELLS[f"{method}-retinamnist"][1] | given, (0, 1, 2)) for name, given in ideas.items()}
-SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels; the whole: the cells above
+SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels of PneumoniaMNIST, of HAM10000 the third; the whole: the cells above
 FEW_LABELS = {"joint": ("mediffusion", FOR_ALL["mediffusion"]), "alone": ("mediffusion", FOR_ALL["mediffusion"] | dict(variant="no_diffusion")),
               "resnet": ("resnet", {}), "fixmatch": ("fixmatch", dict(fixmatch=True))}
 STEPS = 800                                                             # of the plain ResNet and of FixMatch on few labels, where validation picks one of twelve
-for share in SHARES:
+for data, share in [*(("pneumoniamnist", share) for share in SHARES), ("ham10000", "0.1")]:
     for name, (method, more) in FEW_LABELS.items():
-        (first, second), given = PASSES["pneumoniamnist"]["mediffusion"], REAL["pneumoniamnist"] | dict(scale="small", labels=share) | more
+        (first, second), given = PASSES[data]["mediffusion"], REAL[data] | dict(scale="small", labels=share) | more
         given |= dict(baseline=False, pretrain_epochs=first, epochs=second) if method == "mediffusion" else dict(steps=STEPS)
-        CELLS[f"{name}-pneumoniamnist-{share}"] = (method, given, (0, 1, 2))
-CELLS["joint-pneumoniamnist-0.1-paper"] = ("mediffusion", CELLS["joint-pneumoniamnist-0.1"][1] | dict(recipe="paper"), (0, 1, 2))
+        CELLS[f"{name}-{data}-{share}"] = (method, given, (0, 1, 2))
+for data in ("pneumoniamnist", "ham10000"):
+    CELLS[f"joint-{data}-0.1-paper"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(recipe="paper"), (0, 1, 2))
 CELLS["alone-pneumoniamnist"] = ("mediffusion", CELLS["mediffusion-pneumoniamnist"][1] | dict(variant="no_diffusion"), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
@@ -404,6 +406,7 @@ SHOWN = {"retinamnist": "RetinaMNIST", "pneumoniamnist": "PneumoniaMNIST", "ham1
 RESNET = "is ahead of a ResNet-18 given the same images and minutes"
 FIVE = "is ahead of five ResNets that share the same minutes"
 PLUS = "is ahead with recipe plus of itself with recipe paper"
+FEW = [*(f"pneumoniamnist-{share}" for share in SHARES), "ham10000-0.1"]
 CLAIMS = {                                                              # (it .., in what, its cells, those it is set against)
     "DiffMIC": [*((words, "macro F1", [f"diffmic-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
                 (PLUS, "macro F1", [f"diffmic-{data}" for data in REAL], [f"diffmic-{data}-paper" for data in REAL]),
@@ -419,9 +422,9 @@ CLAIMS = {                                                              # (it ..
                                  (PLUS + " at four times the network calls", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
     "Mediffusion": [(RESNET, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
-                    *((words, "AUROC", [f"joint-pneumoniamnist-{share}" for share in shares], [f"{other}-pneumoniamnist-{share}{end}" for share in shares]) for words, other, shares, end in (
-                        ("is ahead of its classifier without the diffusion", "alone", SHARES, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", SHARES, ""),
-                        ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", SHARES, ""), (PLUS, "joint", ("0.1",), "-paper")))]}
+                    *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
+                        ("is ahead of its classifier without the diffusion", "alone", FEW, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", FEW, ""),
+                        ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", FEW, ""), (PLUS, "joint", FEW[2::2], "-paper")))]}
 
 
 def said(name):
@@ -479,8 +482,8 @@ def verdict(row):
 def place(cell):
     """Where a claim was tried, as a sentence names it."""
     data = next(name for name in REAL if name in cell)
-    share = cell.partition("pneumoniamnist-")[2].partition("-")[0]
-    return f"with {float(share):.0%} of the labels" if share else SHOWN[data]
+    share = re.search(r"-(0\.\d+)", cell)
+    return f"{SHOWN[data]}, {float(share[1]):.0%} of the labels," if share else SHOWN[data]
 
 
 def sentences(methods=CLAIMS, only=None):
