@@ -26,10 +26,9 @@ Read differently from the paper, and why
  4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with the embedding of t (--guide-on), and it learns every 4th step (--cls-every).
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
- 7. Images are mirrored, not cropped at random, so that latents can be computed once; training samples E's posterior, testing takes its mean. The classifier's
-    t = 0 is the clean latent; the diffusion's first level has ab = .9985.
- 8. Recipe plus trains alike and fits a temperature; its guidance has unit length (--guide-unit) and goes through the encoder (--guide-through), on a short
-    way (--edit-steps), holds the other answers (--hold-labels), rests at the goal (--guide-goal) and keeps the strongest change (--edit-keep).
+ 7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier's t = 0: no noise.
+ 8. Recipe plus turns labelled images (--turn), answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes
+    through the encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -49,7 +48,7 @@ from common.autoencoder import (AutoencoderKL, Discriminator, Perceptual, adapti
                                 sample)
 from common.resnet import ResNet
 from common.unet import UNet
-from data import Batches, DataError, load_for, read_split, shortcut
+from data import Batches, DataError, load_for, mirrored, read_split, shortcut
 
 METHOD = "mediffusion"
 
@@ -95,6 +94,7 @@ class Config:
     labels: str = "1"  # share of the training images whose label is shown, over 0 and up to 1, or a file with an image name a line
     labelled_batch: int = 32  # [2..] images with labels that join each batch
     turn: bool = False  # turn images with labels by up to 30 degrees for the classifier, and the plain ResNet; the diffusion's stay upright
+    mirror: bool = False  # answers are the mean over the image and its mirror images, those of --augment
     variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the classifier alone, at every step (the paper's Table 3, not its settings)
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
     autoencoder: str = ""  # file of one to use instead of training one: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a run's autoencoder.pt
@@ -151,7 +151,7 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(turn=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+PLUS = dict(turn=True, mirror=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
@@ -518,7 +518,8 @@ def evaluate(nets, split, config, device, joint=True):
 def models(nets, config):
     """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first, whose temperature is undone for the other."""
     of = {METHOD: lambda x, names: nets.answers(nets.head(features(nets, config, nets.latents(x), names)))}
-    return of | ({"resnet": lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())} if nets.resnet is not None else {})
+    of |= {"resnet": lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())} if nets.resnet is not None else {}
+    return {name: lambda x, names, f=f: torch.stack([f(view, names) for view in mirrored(x, config.augment * config.mirror)]).mean(0) for name, f in of.items()}
 
 
 def uncertainties(p, multilabel):
@@ -589,8 +590,7 @@ def measure(nets, data, config, device, figures):
     (single-label: of other classes), as `judged` has it; and pictures: reconstructions, drawn images by guidance, counterfactuals."""
     if run.rank() == 0:
         run.save(figures.parent / "autoencoder.pt", nets.autoencoder.state_dict())
-    val, counterfactuals, rows, names = data.val, {}, [], []
-    some = val.take(drawn.some_rows(val, 200, config.seed))
+    val, some, counterfactuals, rows, names = data.val, data.val.take(drawn.some_rows(data.val, 200, config.seed)), {}, [], []
     trip = np.concatenate([plots.to_uint8(nets.decoded(nets.latents(batch.x))) for batch in Batches(some, config.eval_batch_size, device)])
     plots.image_grid(figures / "reconstructions.png", [some.images[:8], trip[:8]], row_names=["image", "from its latent"], title="What the autoencoder keeps")
     for k, label in enumerate(data.classes[:6]):

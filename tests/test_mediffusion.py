@@ -866,6 +866,17 @@ def test_turned_images_and_those_of_no_training_batch_are_encoded_anew():
     assert sum(calls) == 24 and not nets.known
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_with_mirror_every_model_answers_for_the_image_and_its_mirror_images(multilabel):
+    config, split = tiny(augment="hflip,vflip", mirror=True, baseline=True), pictures(6, multilabel=multilabel)
+    nets = networks(config, multilabel=multilabel).eval()
+    plain = dataclasses.replace(config, mirror=False)
+    flipped = [dataclasses.replace(split, images=np.flip(split.images, dims).copy()) for dims in ((), 3, 2, (2, 3))]
+    each = [mediffusion.evaluate(nets, part, plain, CPU)[0] for part in flipped]
+    for model, p in mediffusion.evaluate(nets, split, config, CPU)[0].items():
+        assert np.allclose(p, np.mean([of[model] for of in each], 0), atol=1e-5) and not np.allclose(each[0][model], each[1][model], atol=1e-5), model
+
+
 @torch.no_grad()
 def test_latents_are_a_sample_of_the_posterior_to_train_and_its_mean_to_test():
     nets = networks(tiny())
