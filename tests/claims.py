@@ -54,7 +54,7 @@ IDEAS = {                                                               # of a m
                 "ema": dict(prior_source="ema"), "smoothing": dict(label_smoothing=.1), "balanced": dict(balanced=True)},
     "symmflow": {"map": dict(label_loss="map"), "velocity": dict(label_loss="velocity"), "rgb": dict(label_loss="map", codes="rgb"),
                  "simplex": dict(label_loss="map", codes="simplex"), "flat": dict(time_scale=1.), "uniform": dict(t_one=0.),
-                 "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True)},
+                 "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True), "label": dict(image_weight=.3)},
     "diffclassifier": {"level": dict(levels=1), "raw": dict(precondition=False), "unweighted": dict(loss_weight="none"), "added": dict(scale_shift=False), "independent": dict(stratified=False),
                        "late": dict(late_class=True), "balanced": dict(balanced=True)},
     "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True)},
@@ -67,7 +67,8 @@ SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffu
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
 CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | PICKED, (0, 1, 2))
 CELLS |= {f"{method}-toy-{name}": (method, dict(data=DATA[method]) | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
-CELLS["symmflow-toy-raw"] = (*CELLS["symmflow-toy-raw"][:2], (0, 1, 2))
+for name in "raw", "label":
+    CELLS[f"symmflow-toy-{name}"] = (*CELLS[f"symmflow-toy-{name}"][:2], (0, 1, 2))
 for name in IDEAS["symmflow"].keys() - {"raw"}:                         # raw: its draws differ, the table of steps says what their mean is worth
     CELLS[f"symmflow-toy-{name}"][1]["generated"] = 20                 # drawing and the table of steps take as long as three epochs
 # Real images: each method in recipe plus and paper, one ResNet and five, about four minutes of one thread each, of HAM10000 eight: PASSES over the
