@@ -57,12 +57,12 @@ IDEAS = {                                                               # of a m
                  "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True), "label": dict(image_weight=.3)},
     "diffclassifier": {"level": dict(levels=1), "raw": dict(precondition=False), "unweighted": dict(loss_weight="none"), "added": dict(scale_shift=False), "independent": dict(stratified=False),
                        "late": dict(late_class=True), "balanced": dict(balanced=True)},
-    "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True)},
+    "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True), "mirror": dict(mirror=True)},
 }
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
 BASE = {"diffmic": PICKED | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1),
         "diffclassifier": dict(epochs=3, votes=25, baseline=False),     # a third of the budget
-        "mediffusion": dict(turn=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
+        "mediffusion": dict(turn=False, mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffusion=(0,))
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
 CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | PICKED, (0, 1, 2))
