@@ -34,7 +34,7 @@ Read differently from the paper, and why (its text could not be had: "paper" is 
 as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes; t times 1000 before its
 embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: the mean of noise a pixel over a thousand pixels
 is nothing, so that y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
-one draw will do. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
+one draw will do, a second looks at the mirror image. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
 """
 # ============================================================================= 2 imports
 import dataclasses
