@@ -27,8 +27,8 @@ Read differently from the paper, and why
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier's t = 0: no noise.
- 8. Recipe plus turns labelled images (--turn), answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes
-    through the encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
+ 8. Recipe plus trains alike, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
+    encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -151,11 +151,11 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(turn=True, mirror=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+PLUS = dict(mirror=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
-TOY = dict(size=32, labels="0.1")
+TOY = dict(size=32, labels="0.1", pretrain_epochs=5, epochs=10)
 BY_DATA = {"toy_xray": TOY, "toy": TOY | dict(augment="hflip,vflip"), "chestxray14": dict(fit="squash"),
            "isic2019": dict(epochs=72, pretrain_epochs=1080, cls_start=0, head_lr=5e-5, cls_weight=1e-3)}
 PANELS = [("Losses", "loss", ["diffusion", "classifier", "resnet"]), ("Autoencoder", "error a pixel", ["l1", "perceptual"]),

@@ -62,7 +62,7 @@ IDEAS = {                                                               # of a m
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
 BASE = {"diffmic": PICKED | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1),
         "diffclassifier": dict(epochs=3, votes=25, baseline=False),     # a third of the budget
-        "mediffusion": dict(turn=False, mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
+        "mediffusion": dict(mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffusion=(0,))
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
 CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | PICKED, (0, 1, 2))
