@@ -105,6 +105,7 @@ for data, share in [*(("pneumoniamnist", share) for share in SHARES), ("ham10000
         CELLS[f"{name}-{data}-{share}"] = (method, given, (0, 1, 2))
 for data in ("pneumoniamnist", "ham10000"):
     CELLS[f"joint-{data}-0.1-paper"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(recipe="paper"), (0, 1, 2))
+    CELLS[f"joint-{data}-0.1-turn"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(turn=True, mirror=False), (0, 1))
 CELLS["alone-pneumoniamnist"] = ("mediffusion", CELLS["mediffusion-pneumoniamnist"][1] | dict(variant="no_diffusion"), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
