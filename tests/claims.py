@@ -9,6 +9,7 @@ import csv
 import importlib
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -121,7 +122,7 @@ def command(name, seed):
 def line(method, settings):
     """The command of settings."""
     given = {k.replace("_", "-"): v for k, v in settings.items() if (k, v) not in (("data", "toy"), ("seed", 0))}
-    options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {v}" for k, v in given.items())
+    options = " ".join(f"--{k}" if v is True else f"--no-{k}" if v is False else f"--{k} {shlex.quote(str(v))}" for k, v in given.items())
     return f"python {method}.py {options}".strip()
 
 

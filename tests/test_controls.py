@@ -1,13 +1,18 @@
 """The controls of tests/claims.py learn, and what is said of two cells' difference is right."""
 import re
+import importlib
 import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import diffclassifier
+import diffmic
 import mediffusion
+import symmflow
 from data import load_for
 from tests import claims, controls
 from tests.controls import Control, fixmatch_loss, measured, strong
@@ -159,3 +164,19 @@ def test_every_claim_names_cells_that_there_are_and_a_place():
             assert score in claims.SCORES and len(ones) == len(others) and words.startswith(("is ", "knows "))
             for one, other in zip(ones, others):
                 assert claims.CELLS[one][2] == claims.CELLS[other][2] == (0, 1, 2) and claims.place(one)
+
+
+def test_the_command_of_every_cell_says_its_settings(monkeypatch):
+    """Read as a shell and the method's command line read it, it gives the settings again."""
+    seen = []
+    for module in (diffmic, symmflow, diffclassifier, mediffusion):
+        monkeypatch.setattr(module, "train", lambda config, *rest, **more: seen.append(config))
+    for name, (method, settings, _) in claims.CELLS.items():
+        if method in ("resnet", "fixmatch"):
+            continue
+        module = importlib.import_module(method)
+        for command in claims.command(name, 1).split(" && "):
+            words = shlex.split(command)
+            assert words[:2] == ["python", f"{method}.py"] and module.main(words[2:]) == 0
+        given = settings | dict(seed=1) | (dict(init="FIRST/best.pt") if "init" in settings else {})
+        assert seen[-1] == module.configure(**given), name
