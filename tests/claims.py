@@ -33,7 +33,7 @@ CELLS = {                                                               # name: 
     "diffmic-toy-paper": ("diffmic", dict(data="toy", recipe="paper"), (0,)),
     "diffmic-ham10000-small": ("diffmic", dict(data="ham10000", scale="small"), (0,)),
 }
-PICKED = dict(select="accuracy", mirror=False)                          # as plus was when its other fields were chosen: validation picks the epoch
+PICKED = dict(select="accuracy", mirror=False)                          # as plus was when its other fields were chosen
 LITTLE = dict(data="toy", limit=300, epochs=100) | PICKED               # where a guide learns its images by heart: do its priors mislead?
 CELLS |= {"diffmic-few": ("diffmic", LITTLE, (0,)), "diffmic-few-nodropout": ("diffmic", LITTLE | dict(prior_dropout=0.), (0,)),
           "diffmic-few-ema": ("diffmic", LITTLE | dict(prior_dropout=0., prior_source="ema"), (0,))}
@@ -61,7 +61,7 @@ IDEAS = {                                                               # of a m
     "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True), "mirror": dict(mirror=True)},
 }
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
-BASE = {"diffmic": PICKED | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1),
+BASE = {"diffmic": PICKED | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1, image_weight=.7),
         "diffclassifier": dict(epochs=3, votes=25, baseline=False),     # a third of the budget
         "mediffusion": dict(mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffusion=(0,))
@@ -89,9 +89,9 @@ for data, given in REAL.items():
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
 REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
-    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c1", "c2", "dcg")} | {"picked": PICKED},
+    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c1", "c2", "dcg")} | {"picked": PICKED, "last": dict(select="last")},
     "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
-                 "raw": dict(precondition=False), "flat": dict(time_scale=1.), "picked": PICKED | dict(samples=1), "label": dict(image_weight=.3)},
+                 "last": dict(select="last"), "image": dict(select="last", image_weight=.7), "raw": dict(select="last", image_weight=.7, precondition=False)},
     "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
 for method, ideas in REAL_IDEAS.items():                                # init: trained on other images first
     CELLS |= {f"{method}-retinamnist-{name}": (method, CELLS[f"{method}-retinamnist"][1] | given, (0, 1, 2)) for name, given in ideas.items()}
