@@ -89,7 +89,7 @@ for data, given in REAL.items():
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
 REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
-    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c1", "c2", "dcg")} | {"picked": PICKED, "last": dict(select="last")},
+    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c2", "dcg")} | {"c1": dict(variant="c1", pretrain_epochs=0, epochs=40), "picked": PICKED, "last": dict(select="last")},
     "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
                  "last": dict(select="last"), "image": dict(select="last", image_weight=.7), "raw": dict(select="last", image_weight=.7, precondition=False)},
     "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
@@ -402,9 +402,9 @@ def table(name):
 
 # ============================================================================= side by side, on the same test images
 SCORES = {"accuracy": lambda y, p: metrics.accuracy(y, p.argmax(1)), "balanced accuracy": lambda y, p: metrics.balanced_accuracy(y, p.argmax(1)),
-          "macro F1": lambda y, p: metrics.f1_macro(y, p.argmax(1)), "AUROC": metrics.auroc, "AURC": lambda y, p: metrics.aurc(p.argmax(1) == y, 1 - p.max(1))}
+          "macro F1": lambda y, p: metrics.f1_macro(y, p.argmax(1)), "AUROC": metrics.auroc, "AURC": lambda y, p: -metrics.aurc(p.argmax(1) == y, 1 - p.max(1)),              # less is better
+          "AUROC of its errors": lambda y, p: metrics.auroc((p.argmax(1) != y).astype(int), 1 - p.max(1))}
 NAMES = {"resnet": "ResNet-18", "resnets": "mean of five ResNets", "diffmic": "DiffMIC", "symmflow": "MedSymmFlow", "diffclassifier": "diffusion classifier", "mediffusion": "Mediffusion"}
-LOWER = ("AURC",)                                                       # is better
 SHOWN = {"retinamnist": "RetinaMNIST", "pneumoniamnist": "PneumoniaMNIST", "ham10000": "HAM10000"}
 RESNET = "is ahead of a ResNet-18 given the same images and minutes"
 FIVE = "is ahead of five ResNets that share the same minutes"
@@ -421,8 +421,8 @@ CLAIMS = {                                                              # (it ..
                     ("is ahead with one-hot codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-map"], ["symmflow-retinamnist-rgb"]),
                     ("is ahead with grey codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-grey"], ["symmflow-retinamnist-rgb"])],
     "The diffusion classifier": [(RESNET, "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
-                                 ("knows better than a ResNet-18 which images to set aside", "AURC", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
-                                 (PLUS + " at four times the network calls", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
+                                 ("tells its errors from its right answers better than a ResNet-18", "AUROC of its errors", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+                                 (PLUS + ", whose network calls are four times as many", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
     "Mediffusion": [(RESNET, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
                     *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
@@ -440,23 +440,29 @@ def said(name):
 
 
 def difference(one, other, score, n=1000):
-    """Of two cells' answers (`said`), by seed, on the images that both answered: the mean over the seeds of score(one) - score(other), its sd, and the 95 %
-    interval when images are drawn again, each image with all its answers. The interval knows nothing of other seeds, the sd nothing of other images."""
-    both = []
+    """Of two cells' answers (`said`), on the images that both answered: the mean over the seeds of score(one) - score(other), its sd, and the 95 % interval
+    when seeds and images are drawn again, each image with all its answers; seeds may have seen other images."""
+    both, every = [], sorted(set().union(*(found[0] for cell in (one, other) for found in cell.values())))
     for seed in sorted(one.keys() & other.keys()):
         ids, mine, theirs = np.intersect1d(one[seed][0], other[seed][0], return_indices=True)
-        y = one[seed][1][mine]
+        y, row = one[seed][1][mine], np.full(len(every), -1)
         if not len(ids) or (y != other[seed][1][theirs]).any():
             raise ValueError(f"seed {seed}: not the same images, or other labels")
-        both.append((y, one[seed][2][mine], other[seed][2][theirs]))
-    of = lambda rows: [score(y[rows], p[rows]) - score(y[rows], q[rows]) for y, p, q in both]
-    by_seed, rng, drawn_again = of(slice(None)), np.random.default_rng(0), []
+        row[np.searchsorted(every, ids)] = np.arange(len(ids))
+        both.append((row, y, one[seed][2][mine], other[seed][2][theirs]))
+
+    def of(seed, images):
+        row, y, p, q = both[seed]
+        rows = row[images][row[images] >= 0]
+        return score(y[rows], p[rows]) - score(y[rows], q[rows])
+    by_seed, rng = [of(seed, np.arange(len(every))) for seed in range(len(both))], np.random.default_rng(0)
+    drawn_again = []
     for _ in range(n):
-        rows = rng.integers(len(both[0][0]), size=len(both[0][0]))
-        drawn_again.append(np.mean(of(rows)))
+        images = rng.integers(len(every), size=len(every))
+        drawn_again.append(np.mean([of(seed, images) for seed in rng.integers(len(both), size=len(both))]))
     low, high = np.nanquantile(drawn_again, (.025, .975))
     return {"mean": float(np.mean(by_seed)), "sd": float(np.std(by_seed, ddof=1)) if len(both) > 1 else None, "low": float(low), "high": float(high),
-            "by_seed": by_seed, "images": len(both[0][0])}
+            "by_seed": by_seed, "images": max(len(y) for _, y, _, _ in both)}
 
 
 def differences():
@@ -478,8 +484,7 @@ def differences():
 
 def verdict(row):
     """Of a claim's difference and its interval: holds, does not, or cannot be told."""
-    low, high = (-row["high"], -row["low"]) if row["score"] in LOWER else (row["low"], row["high"])
-    return "holds" if low > 0 else "does not" if high < 0 else "cannot be told"
+    return "holds" if row["low"] > 0 else "does not" if row["high"] < 0 else "cannot be told"
 
 
 def place(cell):
@@ -497,7 +502,8 @@ def sentences(methods=CLAIMS, only=None):
             rows = [row for row in found if (row["method"], row["claim"], row["score"]) == (method, words, score)]
             if rows and (only is None or words in only):
                 each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}" for row in rows]
-                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}.")
+                seeds = sorted({len(row["by_seed"]) for row in rows})
+                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}{'' if seeds == [3] else f' (seeds: {seeds})'}.")
     return "\n".join(lines)
 
 
