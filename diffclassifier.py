@@ -24,12 +24,12 @@ M images, N noise levels an image, K classes; all rules read one array of errors
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and a description of its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
- 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, in the EMA;
+ 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, averaged too;
     their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
  3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
- 4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). Eliminated classes lose.
+ 4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). An eliminated class cannot win.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
- 6. The schedule is shifted by the side that the network sees, 128 of 256 pixels: halving the wavelets is the other factor 4. Theirs shifts by 256 and halves.
+ 6. The schedule is shifted for the 128 pixels that the network sees of 256; halving the wavelets makes it that of 256. Theirs shifts for 256 and halves: that of 512.
 
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
 at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
@@ -94,7 +94,7 @@ class Config:
     ema: float = 0.999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same batches, as a control
     select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "last"] = "accuracy"  # validation metric that picks the epoch; last: none does
-    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    seed: int = 0  # [0..] of weights, order, noise, toy images and what --limit draws; splits do not depend on it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
     compile: bool = False  # torch.compile the networks: slower start, faster steps

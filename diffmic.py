@@ -14,8 +14,8 @@ denoised step by step; the class is the largest entry of y_0, or of its mean ove
     L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`
     L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
 
-B images, C classes, K regions (in eq. 5: the kernel), S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T;
-ab = alpha_bar. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
+B images, C classes, K regions (in eq. 5: the kernel), S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar;
+E, D the denoiser's halves, y_0_hat its guess of y_0. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
 
     python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python diffmic.py --data ham10000 --root DIR           # the paper's sizes and epochs, for a CUDA GPU
@@ -27,7 +27,7 @@ ab = alpha_bar. f is the priors' mean here; the paper's f(.), a linear layer, is
 Read differently from the paper, and why
  1. Eq. 2 adds the priors, eq. 1 averages them; only the mean makes y_T of eq. 2 and eq. 1 agree. --prior-mean sum | geometric.
  2. The priors are probabilities, their mean is taken after the softmax; the paper does not say.
- 3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. The authors' 2C: --prior-input fused and 1's geometric.
+ 3. A branch with one prior puts it in both places of the input: [y_t^g, y_g, y_g]. The authors' 2C: --prior-input fused --prior-mean geometric.
  4. "UNet" E, D is an MLP without skips; the image embedding has batch norm but no Softplus, as in the authors' code.
     t enters as a learned embedding, U(0, 1) at first, times the output of each of three linear layers.
  5. 250 (HAM10000), 60 (APTOS) or 100 (PMG2000) steps are spread over the 1000 trained ones. The authors run the first 250,
@@ -39,7 +39,7 @@ Read differently from the paper, and why
     T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
 split, not on the test set; a constant saliency map gives K places, not one K times; metrics over the whole set, not means of batches.
-`--recipe plus`; with one view and the epoch picked; its base, that without prior dropout; one field of the base changed: validation accuracy, NLL (toy seed 0)
+`--recipe plus`; with one view, the epoch picked by accuracy; its base, that without prior dropout; one field of the base changed: validation accuracy, NLL (toy seed 0)
   plus                       .930  .210   --roi-weight uniform       .922  .298   --prior-source ema         .932  .262
   picked                     .938  .223   --no-deep-supervision      .930  .277   --label-smoothing 0.1      .930  .257
   its base                   .940  .227   --guide-schedule constant  .928  .279   --balanced                 .914  .288
@@ -104,7 +104,7 @@ class Config:
     ema: float = 0.9999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same batches, as a control
     select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "last"] = "accuracy"  # validation metric that picks the epoch; last: none does
-    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    seed: int = 0  # [0..] of weights, order, noise, toy images and what --limit draws; splits do not depend on it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
     compile: bool = False  # torch.compile the networks: slower start, faster steps
@@ -228,7 +228,7 @@ def train_step(nets, ema, config, batch, joint):
             source = ema.guide(x) if config.prior_source == "ema" else guide
             drop = torch.rand(len(x), 1, device=x.device) < config.prior_dropout
             y_g, y_l = (torch.where(drop, 1 / C, prior) for prior in source.priors())
-    if nets.denoiser is not None and joint:
+    if nets.denoiser is not None and (joint or nets.guide is None):     # without a guide there is nothing to warm up
         losses |= loss(nets, config, x, F.one_hot(y, C).float(), y_g, y_l)
     losses["loss"] = sum(losses[k] for k in ("resnet", "guide", "diffusion") if k in losses)
     return losses

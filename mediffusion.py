@@ -11,7 +11,7 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
     eps' = eps_hat - s sqrt(1 - ab_t) grad_z log g(y | .)                     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
-B images, K labels; multi-label data have K sigmoids, single-label data a softmax. `--labels 0.1` shows the classifier a tenth of the labels.
+B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance. `--labels 0.1` shows a tenth of the labels.
 
     python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on two CPU cores
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019
@@ -26,8 +26,8 @@ Read differently from the paper, and why
  4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with the embedding of t (--guide-on), and it learns every 4th step (--cls-every).
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
- 7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier's t = 0: no noise.
- 8. Recipe plus trains alike, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
+ 7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
+ 8. Recipe plus trains as paper, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
     encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
 """
 # ============================================================================= 2 imports
@@ -84,7 +84,7 @@ class Config:
     ema: float = 0.9999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same labels, as a control
     select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "last"] = "auroc"  # validation metric that picks the epoch; last: none does
-    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    seed: int = 0  # [0..] of weights, order, noise, toy images and what --limit draws; splits do not depend on it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
     compile: bool = False  # torch.compile the networks: slower start, faster steps

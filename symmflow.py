@@ -7,10 +7,10 @@ both. Followed from t = 1 to 0 it turns the image into its label map: the class;
 
     x_t = (1 - (1 - s) t) xi_x + t x          v_x = x - (1 - s) xi_x        xi_x, xi_y ~ N(0, I)       `path`
     y_t = (1 - (1 - s) t) y + t xi_y          v_y = xi_y - (1 - s) y        one t ~ U(0, 1) an image
-    L = w |v_x_hat - v_x|^2 + (1 - w) |v_y_hat - v_y|^2,  means over all entries; w = 0.7              `loss`
+    L = w |v_x_hat - v_x|^2 + (1 - w) |v_y_hat - v_y|^2,  means over all entries; w = 0.7, plus: 0.3    `loss`
     dz/dt = v(z_t, t),  z = (x, y): Euler or Heun, t: 1 -> 0 classifies, t: 0 -> 1 draws               `flow`
     d_k = mean over pixels |y_0(p) - c_k|;  the class is the nearest colour, d its uncertainty         `distances`
-B images, K classes, D channels of a colour, S noise draws. One step of an exact flow ends at sum_k p(k | x) c_k.
+B images, K classes, D channels of c_k, the colour of class k, S draws of noise; s: --sigma-min. One step of an exact flow ends at sum_k p(k | x) c_k.
 
     python symmflow.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python symmflow.py --data retinamnist --root DIR --scale small
@@ -23,7 +23,7 @@ Read differently from the paper, and why (its text could not be had: "paper" is 
     (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
  2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
     paper's is 2 beta. Drawing starts at the clean colour, and so do encoded label maps (--latent rgb).
- 3. One step classifies, 25 draw. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (tests/results).
+ 3. Classifying takes one step, drawing an image 25. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (tests/results).
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
     y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
@@ -90,7 +90,7 @@ class Config:
     ema: float = 0.999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same batches, as a control
     select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "last"] = "accuracy"  # validation metric that picks the epoch; last: none does
-    seed: int = 0  # [0..] of weights, order, noise and toy images; splits do not depend on it
+    seed: int = 0  # [0..] of weights, order, noise, toy images and what --limit draws; splits do not depend on it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA
     compile: bool = False  # torch.compile the networks: slower start, faster steps
@@ -133,7 +133,7 @@ PLUS = dict(codes="onehot", time_scale=1000., t_one=1., label_loss="posterior", 
             calibrate=True, uncertainty="entropy", select="auroc", mirror=True, samples=2, image_weight=.3)
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(epochs=8), "folder": dict(augment="hflip")} | dict.fromkeys(     # no flips where up or left means something
-    ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist"), dict(augment=""))
+    ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist", "chexpert"), dict(augment=""))
 KINDS = ("distance", "entropy", "margin", "spread")                 # of uncertainty
 PANELS = [("Losses", "loss", ["image", "label", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
 

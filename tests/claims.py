@@ -271,6 +271,18 @@ def validation(record):
     return specific["validation"] if "validation" in specific else specific["validation_by_steps_and_samples"][-1]
 
 
+def choices_table():
+    """What decided for recipe plus, RetinaMNIST's validation split: mean over the seeds of a cell."""
+    lines = ["| | seeds | accuracy | AUROC | NLL |", "|---|---|---|---|---|"]
+    for method, ideas in ("diffmic", ("last", "picked")), ("symmflow", ("last", "image", "raw")):
+        for name in ("", *ideas):
+            found = [r["reverse"][1] if "reverse" in r else r["method_specific"]["validation"] for r in records(f"{method}-retinamnist{'-' * bool(name)}{name}")]
+            if found:
+                option = line(method, REAL_IDEAS[method][name]).partition(".py ")[2] if name else ""
+                lines.append(f"| {NAMES[method]}, {f'`{option}`' if option else '`plus`'} | {len(found)} | " + " | ".join(f"{np.mean([m[k] for m in found]):.3f}" for k in ("accuracy", "auroc", "nll")) + " |")
+    return "\n".join(lines)
+
+
 def few_table():
     """300 training images for 100 epochs: the guide on the augmented images it learns from and on others, and DiffMIC with each cure."""
     lines = ["| 300 images, 100 epochs | guide in training | guide on validation | DiffMIC, validation | NLL | test |", "|---|---|---|---|---|---|"]
@@ -690,7 +702,7 @@ def main(argv=None):
         return print(votes(args.votes))
     if args.table:
         print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"), drawn_table("symmflow-toy"),
-                ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), shares_table(), all_sides_table(), papers_table(), *map(side_table, REAL), *map(differences_table, REAL), sentences(),
+                ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), shares_table(), choices_table(), all_sides_table(), papers_table(), *map(side_table, REAL), *map(differences_table, REAL), sentences(),
                 *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), by_votes_table("diffclassifier-retinamnist"), stops_table("diffclassifier-retinamnist")), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:

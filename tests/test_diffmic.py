@@ -1156,6 +1156,14 @@ LOSSES = {"full": {"guide", "guide_accuracy", "eps", "mmd_g", "mmd_l", "diffusio
 
 
 @pytest.mark.parametrize("variant", HAS)
+def test_each_ablation_trains_through_the_guides_warm_up(variant):
+    """Without a guide there is none: the diffusion trains from the first step."""
+    nets = networks(tiny(variant=variant, baseline=False)).train()
+    diffmic.train_step(nets, None, tiny(variant=variant), batch(6), joint=False)["loss"].backward()
+    assert any(p.grad is not None for p in nets.parameters())
+
+
+@pytest.mark.parametrize("variant", HAS)
 def test_each_ablation_of_table_2_builds_steps_and_classifies(variant):
     config = tiny(variant=variant)
     nets = networks(config).train()

@@ -164,7 +164,7 @@ def test_what_the_readme_says_of_the_diffusion_in_mediffusion_is_recorded():
 
 def test_by_the_judge_guidance_does_more_than_the_control_spares_the_other_findings_and_changes_the_box():
     for row in json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())["arms"]["plus"]["rows"].values():
-        assert abs(row["judge"]["diff"]) > .2 and row["judge"]["other_abs"] < abs(row["judge"]["diff"]) / 2 and row["in_box"] > .5
+        assert abs(row["judge"]["diff"]) > .2 and row["judge"]["other_abs"] < abs(row["judge"]["diff"]) / 2 and row["in_box"] > 2.5 * row["in_random_box"]
 
 
 def test_the_pictures_and_pages_of_the_readme_are_there():
