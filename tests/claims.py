@@ -328,7 +328,7 @@ def votes_table():
 
 
 def labels_table():
-    """Mediffusion's `plus` at a quarter of the budget and with one field changed, toy seed 0: the mean AUROC of its three findings."""
+    """Mediffusion's `plus` at less than half of the budget and with one field changed, toy seed 0: the mean AUROC of its three findings."""
     lines = ["| | AUROC, validation | AUROC, test | epoch |", "|---|---|---|---|"]
     for name in ("base", *IDEAS["mediffusion"]):
         for record in records(f"mediffusion-toy-{name}")[:1]:

@@ -93,7 +93,7 @@ def test_the_diffusion_beside_its_controls_is_as_the_readme_says():
     base = [r["test"]["accuracy"] for r in claims.records("diffmic-toy-base")]
     picked = [r["test"]["accuracy"] for r in claims.records("diffmic-toy-picked")]
     both = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in (picked, base)]
-    assert f"(epoch picked, one view) it scored {both[0]}, without prior dropout {both[1]}" in README
+    assert f"(epoch picked by accuracy, one view) it scored {both[0]}, without prior dropout {both[1]}" in README
 
 
 def test_at_the_default_budget_toy_accuracy_is_within_seven_points_of_bayes():
