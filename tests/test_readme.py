@@ -254,3 +254,8 @@ def test_the_retinamnist_command_of_the_readme_runs_where_the_data_are(tmp_path,
         pytest.skip("no MedMNIST beside the repository")
     result = run(f"python symmflow.py --data retinamnist --root {root / file} --scale small --limit 64 --epochs 1 --generated 8 --output {tmp_path / 'run'}", tmp_path)
     assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
+
+
+def test_what_the_page_says_of_preconditioning_is_recorded():
+    found = [f"{claims.validation(r)['accuracy']:.3f}" for name in ("raw", "base") for r in claims.records(f"symmflow-toy-{name}")[:2]]
+    assert f"`--no-precondition` ({found[0]})" in README and f"the base ({found[2]})" in README and f"`--no-precondition` has {found[1]} against {found[3]}" in README
