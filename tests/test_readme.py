@@ -156,7 +156,7 @@ def test_what_the_readme_says_of_the_diffusion_in_mediffusion_is_recorded():
     assert [r["seed"] for r in joint] == [r["seed"] for r in alone] == [0, 1, 2]
     of = lambda r: r["test"]["auroc"]
     assert "by " + ", ".join(f"{of(a) - of(b):+.3f}" for a, b in zip(joint, alone)) + " in the three seeds: on these films" in README
-    assert "has " + ", ".join(f"{of(a) - a['baselines']['resnet']['auroc']:+.3f}" for a in joint) + ", and the one without" in README
+    assert "has " + ", ".join(f"{of(a) - a['baselines']['resnet']['auroc']:+.3f}" for a in joint) + ", and the one without diffusion as much" in README
     base, consistent, times = (of(claims.records(f"mediffusion-toy-{name}")[0]) for name in ("base", "consistent", "times"))
     assert f"costs {base - consistent:.3f}, features".replace("0.", ".") in README and f"(`--feature-times`) {base - times:.3f}, a".replace("0.", ".") in README
     assert f"({base:.3f} against {of(joint[0]):.3f})" in README
