@@ -218,7 +218,18 @@ def evaluate_command(method, checkpoint, output="", **given):
     out = result_folder(output, checkpoint, "eval", config)
     write_evaluation(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
     write(out / "metrics.json", as_json(result, indent=1))
-    print(*data.notes, f"{len(data.test)} images", table(method.METHOD, result), f"pictures and numbers: {out}", sep="\n")
+    print(*data.notes, *copied(checkpoint, data.test.ids), f"{len(data.test)} images", table(method.METHOD, result), f"pictures and numbers: {out}", sep="\n")
+
+
+def copied(checkpoint, ids):
+    """[a warning] where images hold all that a run was tested on, and more, which it may have learned from: its data under another name."""
+    predictions = Path(checkpoint).parent / "predictions.csv"
+    if not predictions.exists():
+        return []
+    with open(predictions, newline="", encoding="utf-8", errors="replace") as file:
+        tested = {row[0] for row in csv.reader(file) if row} - {"id"}
+    return [f"WARNING: among these are all {len(tested)} images that the run was tested on. If this is a copy of its data, it has learned from the others, and the "
+            "numbers below are too good: give --root as in training"] if tested < set(ids) else []
 
 
 def predict_command(method, checkpoint, paths, output="", **given):

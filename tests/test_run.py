@@ -501,6 +501,18 @@ def test_a_finished_runs_folder_is_not_written_over(tmp_path):
     assert run.result_folder("", tmp_path / "best.pt", "eval", diffmic.Config()) == tmp_path.resolve() / "eval"
 
 
+def test_a_copy_of_the_data_is_not_taken_for_other_images_without_a_warning(tmp_path):
+    checkpoint = tmp_path / "best.pt"
+    assert run.copied(checkpoint, ["a/1.png"]) == []
+    with open(tmp_path / "predictions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "predicted"], ["a/1.png", "a"], ["b/2, left.png", "a"]])
+    assert run.copied(checkpoint, ["a/1.png", "b/2, left.png"]) == [] == run.copied(checkpoint, ["a/1.png", "b/3.png", "b/4.png"])      # its own split; another site's
+    warning, = run.copied(checkpoint, ["a/1.png", "b/2, left.png", "b/3.png"])
+    assert "all 2 images" in warning and "--root" in warning
+    (tmp_path / "predictions.csv").write_bytes(b"\xff\x00,\n\n\"")
+    assert run.copied(checkpoint, ["a/1.png"]) == []
+
+
 def test_resume_needs_a_run_and_one_only(tmp_path):
     with pytest.raises(run.UserError, match="which run"):
         run.resume_folder("", "")
