@@ -98,7 +98,7 @@ for method, ideas in REAL_IDEAS.items():                                # init: 
 SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels of PneumoniaMNIST, of HAM10000 the third; the whole: the cells above
 FEW_LABELS = {"joint": ("mediffusion", FOR_ALL["mediffusion"]), "alone": ("mediffusion", FOR_ALL["mediffusion"] | dict(variant="no_diffusion")),
               "resnet": ("resnet", {}), "fixmatch": ("fixmatch", dict(fixmatch=True))}
-STEPS = 800                                                             # of the plain ResNet and of FixMatch on few labels, where validation picks one of twelve
+STEPS = 800                                                             # of the plain ResNet and of FixMatch on few labels, where validation picks one of a dozen
 for data, share in [*(("pneumoniamnist", share) for share in SHARES), ("ham10000", "0.1")]:
     for name, (method, more) in FEW_LABELS.items():
         (first, second), given = PASSES[data]["mediffusion"], REAL[data] | dict(scale="small", labels=share) | more
@@ -207,7 +207,7 @@ def regions(checkpoint):
 
 def reverse(checkpoint):
     """DiffMIC's reverse process on the validation split: `steps` of its levels spread over all of training's, or as the authors have it the first so many,
-    begun from variance 1 all the same; one draw, or the mean of twenty."""
+    begun from variance 1 all the same; one draw, or the mean of twenty. The temperature is the run's own, of spread levels and its draws."""
     diffmic, table = importlib.import_module("diffmic"), []
     config, nets, facts, device = running.load_model(checkpoint, "diffmic", diffmic.Config, diffmic.build, {})
     val = load_for(config).val
@@ -577,9 +577,9 @@ def curves():
         for name in ("resnet", *FOR_ALL):
             lines = [metrics.coverage_accuracy(p.argmax(1) == y, 1 - p.max(1)) for _, y, p in said(f"{name}-{data}").values()]
             if lines:
-                series[NAMES[name]] = lines[0][0], np.mean([accuracy for _, accuracy in lines], 0)
+                series[f"{NAMES[name]} ({len(lines)} seeds)"] = lines[0][0], np.mean([accuracy for _, accuracy in lines], 0)
         if series:
-            plots.coverage(RESULTS / f"{data}-coverage.png", series, f"Accuracy on the images a model is surest of: {SHOWN[data]}, mean of {len(lines)} seeds")
+            plots.coverage(RESULTS / f"{data}-coverage.png", series, f"Accuracy on the images a model is surest of: {SHOWN[data]}")
     few = {arm: [v for v in of[:-1]] for arm, of in by_share().items() if all(of[:-1])}
     if few:
         band = lambda of: ([100 * float(share) for share in SHARES], *(np.array([f(v) for v in of]) for f in (np.mean, np.min, np.max)))

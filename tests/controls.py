@@ -154,5 +154,5 @@ def measured(config, control):
     for net in nets:
         probabilities(net, data.test.take(np.arange(min(32, len(data.test)))), device, config.augment)
     result["ms_an_image"] = 1e3 * (time.monotonic() - began) / min(32, len(data.test))
-    result |= running.score(data.test, {method: p} | more | shortcut(data), unsure, data.train.labels[rows])
+    result |= running.score(data.test, {method: p} | more | (shortcut(data) if len(rows) == len(data.train) else {}), unsure, data.train.labels[rows])
     return result, (data.test.ids, data.test.labels, p)
