@@ -103,7 +103,7 @@ class Config:
     clip: float = 1.0  # [0..] largest gradient norm of denoiser and control, not of the guide; 0: no clipping
     ema: float = 0.9999  # [0..1] decay of the weights' moving average, which is what is evaluated
     baseline: bool = True  # train a plain ResNet on the same batches, as a control
-    select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "last"] = "accuracy"  # validation metric that picks the epoch; last: none does
+    select: Literal["accuracy", "balanced_accuracy", "f1_macro", "auroc", "nll", "last"] = "accuracy"  # validation metric that picks the epoch, nll the least; last: none does
     seed: int = 0  # [0..] of weights, order, noise, toy images and what --limit draws; splits do not depend on it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # bfloat16 arithmetic; auto: on CUDA

@@ -765,10 +765,10 @@ class State:
         return {k: (v[0] / v[1]).item() if v.ndim == 1 else (v[0] / v[1]).tolist() for k, v in sums.items()}
 
     def keep_best(self, row, select, path):
-        """Saves best.pt where the validation metric rose, with `select` last in every epoch; keeps the plain ResNet's best weights by its own."""
+        """Saves best.pt where the validation metric rose (nll: fell), with `select` last in every epoch; keeps the plain ResNet's best weights by its own."""
         metric = "accuracy" if select == "last" else select
         for name, key in ((self.method, f"val_{metric}"), ("resnet", f"val_resnet_{metric}")):
-            score = row["epoch"] if select == "last" else row.get(key)
+            score = {"last": row["epoch"], "nll": -row.get(key, math.inf)}.get(select, row.get(key))
             if key in row and not score <= self.best.get(name, {}).get("score", -math.inf):
                 self.best[name] = {"score": score, "epoch": row["epoch"]}
                 if name == "resnet":
@@ -891,7 +891,7 @@ def validation(split, predictions, method):
     row = {}
     for name, p in predictions.items():
         scores = metrics.summary(split.labels, p)
-        keys = ("accuracy", "balanced_accuracy", "f1_macro", "auroc") + (("nll", "ece") if name == method else ())
+        keys = ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "nll") + ("ece",) * (name == method)
         row |= {("val_" if name == method else f"val_{name}_") + k: scores[k] for k in keys}
     return row
 

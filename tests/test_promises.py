@@ -75,6 +75,13 @@ def test_what_has_not_been_trained_yet_is_no_candidate(method, reference):
 
 
 @every
+def test_with_select_nll_the_least_picks_the_epoch(method, fork, tmp_path):
+    assert fork(method, *TINY[method], "--select", "nll", "--epochs", 4, "--output", tmp_path / "run").code == 0
+    found = {row["epoch"]: row["val_nll"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()) if "val_nll" in row}
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["selected_epoch"] == min(found, key=lambda epoch: (found[epoch], -epoch)) and len(found) > 1
+
+
+@every
 def test_with_select_last_no_epoch_is_picked(method, fork, tmp_path):
     assert fork(method, *TINY[method], "--select", "last", "--output", tmp_path / "run").code == 0
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
