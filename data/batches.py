@@ -111,7 +111,7 @@ def draw_changes(names, B, rng):
 
 
 def mirrored(x, augment):
-    """Images (B, C, H, W) as they are, then mirrored in each way that --augment has: a list of 1, 2 or 4."""
+    """Images (B, C, H, W) as they are, then mirrored in each way that --augment has: a list of 1, 2 or 4; "", as text * False is, has none."""
     views = [x, x.flip(3)] if "hflip" in augment else [x]
     return views + [view.flip(2) for view in views] if "vflip" in augment else views
 
