@@ -142,7 +142,7 @@ class Config:
 
 SMALL = dict(size=64, epochs=12, pretrain_epochs=2, batch_size=32, ema=0.99, width=8, guide_depth=18, hidden=256, steps=20,
              guide_lr=2e-3, lr=2e-3, warmup=0.1)
-PLUS = dict(target="y0", samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True, roi_weight="probability", prior_dropout=.3, select="auroc", mirror=True)
+PLUS = dict(target="y0", samples=20, calibrate=True, guide_schedule="cosine", deep_supervision=True, roi_weight="probability", prior_dropout=.3, select="nll", mirror=True)
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "sampler", "uncertainty", "skip_bad", "output"]   # what a checkpoint's user may set
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip,rotate"), "aptos2019": dict(steps=60, augment="hflip,vflip,rotate"), "pmg2000": dict(steps=100)}
 PANELS = [("Losses", "loss", ["diffusion", "guide", "resnet"]), ("Regularisers", "MMD", ["mmd_g", "mmd_l"]),

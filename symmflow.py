@@ -130,7 +130,7 @@ class Config:
 
 SMALL = dict(epochs=14, batch_size=16, lr=3e-3, ema=0.99, width=8, channels=16, mult="1,2,4,4", attention="4", head_channels=16, blocks=1, generated=100)
 PLUS = dict(codes="onehot", time_scale=1000., t_one=1., label_loss="posterior", label_noise="shared", pooled=True, precondition=True, guidance=1.,
-            calibrate=True, uncertainty="entropy", select="auroc", mirror=True, samples=2, image_weight=.3)
+            calibrate=True, uncertainty="entropy", select="nll", mirror=True, samples=2, image_weight=.3)
 SAMPLING = ["device", "eval_batch_size", "amp", "samples", "steps", "solver", "decision", "uncertainty", "autoencoder", "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(epochs=8), "folder": dict(augment="hflip")} | dict.fromkeys(     # no flips where up or left means something
     ("pneumoniamnist", "breastmnist", "octmnist", "organamnist", "organcmnist", "organsmnist", "chexpert"), dict(augment=""))

@@ -97,7 +97,7 @@ for method, ideas in REAL_IDEAS.items():                                # init: 
     CELLS |= {f"{method}-retinamnist-{name}": (method, CELLS[f"{method}-retinamnist"][1] | given, (0, 1, 2)) for name, given in ideas.items()}
 SHARES = ("0.02", "0.05", "0.1", "0.2")                                 # of the labels of PneumoniaMNIST, of HAM10000 the third; the whole: the cells above
 FEW_LABELS = {"joint": ("mediffusion", FOR_ALL["mediffusion"]), "alone": ("mediffusion", FOR_ALL["mediffusion"] | dict(variant="no_diffusion")),
-              "resnet": ("resnet", {}), "fixmatch": ("fixmatch", dict(fixmatch=True))}
+              "resnet": ("resnet", dict(select="auroc")), "fixmatch": ("fixmatch", dict(fixmatch=True, select="auroc"))}
 STEPS = 800                                                             # of the plain ResNet and of FixMatch on few labels, where validation picks one of a dozen
 for data, share in [*(("pneumoniamnist", share) for share in SHARES), ("ham10000", "0.1")]:
     for name, (method, more) in FEW_LABELS.items():
@@ -184,7 +184,7 @@ def speed(module, checkpoint, root=None, n=32):
 
 def control(settings):
     """A record and answers of plain ResNets: controls.measured."""
-    own = ("members", "epochs", "steps", "fixmatch")
+    own = ("members", "epochs", "steps", "fixmatch", "select")
     config = importlib.import_module("mediffusion").configure(**dict(labels="1") | {k: v for k, v in settings.items() if k not in own})
     return controls.measured(config, controls.Control(**{k: v for k, v in settings.items() if k in own}))
 

@@ -24,7 +24,7 @@ from data import Batches, labelled, load_for, mirrored, shortcut
 class Control:
     """epochs: passes over the images with a label, or, where few are shown, so many `steps` in all. members: networks, whose probabilities are averaged,
     each of other weights and order. checks: times at which validation may pick the weights. fixmatch: images without a label join (Sohn et al. 2020),
-    `ratio` for each with one; a guess surer than `sure` becomes its label."""
+    `ratio` for each with one; a guess surer than `sure` becomes its label. select: validation's metric that picks, nll the least, at its temperature."""
     epochs: int = 1
     steps: int = 0
     members: int = 1
@@ -37,7 +37,7 @@ class Control:
     warmup: float = .1
     ema: float = .99
     checks: int = 12
-    select: str = "auroc"
+    select: str = "nll"
 
 
 def class_loss(logits, y):
@@ -118,7 +118,10 @@ def member(data, rows, config, control, device, seed):
             running.update_ema(average, net, control.ema, step)
             step += 1
             if step % check == 0 or step == steps:
-                found = running.validation(data.val, {"resnet": probabilities(average, data.val, device, config.augment)}, "resnet")["val_" + control.select]
+                p = probabilities(average, data.val, device, config.augment)
+                if control.select == "nll":                             # a temperature comes in the end: overconfidence is no fault yet
+                    p = sharpened(p, data.val.labels, p)
+                found = running.validation(data.val, {"resnet": p}, "resnet")["val_" + control.select] * (-1 if control.select == "nll" else 1)
                 if found >= best:
                     best, kept, at = found, {k: v.clone() for k, v in average.state_dict().items()}, step
             if step == steps:

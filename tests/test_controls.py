@@ -33,12 +33,13 @@ def test_a_plain_resnet_learns_and_the_mean_of_two_is_recorded_beside_each():
     assert result["test"]["accuracy"] == pytest.approx((p.argmax(1) == labels).mean())
 
 
-def test_the_control_is_the_one_that_validation_picked(monkeypatch):
-    """Training for longer, at a learning rate that ruins it, leaves the early weights."""
+@pytest.mark.parametrize("select", ["auroc", "nll"])
+def test_the_control_is_the_one_that_validation_picked(select, monkeypatch):
+    """The AUROC falls, or the NLL rises, from the first check on: its weights are kept."""
     data = load_for(config(labels="1"))
     picked = []
-    monkeypatch.setattr(controls.running, "validation", lambda split, p, method: {"val_auroc": -len(picked) if picked.append(0) is None else 0})
-    _, at, last = controls.member(data, np.arange(len(data.train)), config(), Control(epochs=4, batch_size=16, checks=4), torch.device("cpu"), 0)
+    monkeypatch.setattr(controls.running, "validation", lambda split, p, method: {"val_" + select: len(picked) * (1 if select == "nll" else -1) if picked.append(0) is None else 0})
+    _, at, last = controls.member(data, np.arange(len(data.train)), config(), Control(epochs=4, batch_size=16, checks=4, select=select), torch.device("cpu"), 0)
     assert at == .25 and len(picked) == 4
 
 
