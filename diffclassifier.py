@@ -9,11 +9,11 @@ time the class with the least error has a vote. Classes share the noise, so that
     v = a eps - s x;  eps_hat = s z + a v_hat;  x_hat = (z - s eps_hat) / a                    `epsilon`, `draw`
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
-    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li: Bayes' rule without the bound's weights)      `rules`
-    elbo: least mean of -dl/dt E, twice the bound of -log p(x | c): Bayes' rule;  learned: logits b_c - sum_j w_j D[j, c]; D the mean of
-    E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of ten ranges, w, b fitted on validation   `bucket_differences`, `fit` in common/votes.py
+    majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li);  elbo: least mean of -dl/dt E, twice the
+    bound of -log p(x | c), Bayes' rule for classes equally frequent;  learned: logits b_c - sum_j w_j D[j, c], D the mean of E[n, c] -      `rules`
+    mean_k E[n, k] over the n whose l is in the j-th of ten ranges; w, b, which takes in the classes' shares, fitted on validation   `fit`, common/votes.py
 
-M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), each summed in float64. `survivors` stops early.
+M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), rows summed in float32, these in float64. `survivors` stops early.
 
     python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
     python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU; its other network: --backbone dit
@@ -23,9 +23,9 @@ M images, N noise levels an image, K classes; all rules read one array of errors
     python diffclassifier.py sample --checkpoint RUN/best.pt --label 3 -n 16
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and a description of its authors' code)
- 1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight.
- 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, averaged too;
-    their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
+ 1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight authors, min-snr.
+ 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, averaged
+    and clipped (theirs: neither); their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
  3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
  4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). An eliminated class cannot win.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
@@ -123,12 +123,12 @@ class Config:
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
     precondition: bool = False  # the network adds to what the best linear denoiser predicts, and sees and predicts unit spread (Karras et al. 2022)
     time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
-    votes: int = 501  # [1..] N, noise levels that an image is judged at; odd, where there are two classes
+    votes: int = 501  # [1..] N, noise levels that an image is judged at, for which p is fitted: of fewer it is too sure; odd, where there are two classes
     val_votes: int = 3  # [1..] of them for the validation of an epoch
     judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all
     stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones; likewise over a training batch
     rule: Literal["majority", "mean", "elbo", "learned"] = "majority"  # votes; least mean error; weighted as the likelihood bound, or as fitted on validation
-    stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, or stages 10:3,50:1
+    stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, stages 10:3,50:1: after 10 levels 3 classes, then one
     calibrate: bool = False  # fit the temperatures of the rules' probabilities on validation
     uncertainty: Literal["votes", "variance", "posterior", "entropy"] = "variance"  # what predictions are ranked by
     guidance: float = 4.5  # [0..] w of classifier-free guidance, where images are drawn
@@ -355,7 +355,7 @@ def build(config, facts):
     number, pair = r"0?\.\d*[1-9]\d*|[1-9](\.\d+)?e-\d+", r"[1-9]\d*:[1-9]\d*"
     if not re.fullmatch(f"none|exact|ttest|{number}|{pair}(,{pair})*", config.stop):
         raise run.UserError(f"--stop {config.stop}: take none, exact, a probability such as 1e-3, ttest, or stages such as 10:3,50:1")
-    settles = config.rule if config.stop == "none" or ":" in config.stop else "mean" if config.stop == "ttest" else "majority"
+    settles = config.rule if config.stop == "none" else "mean" if config.stop == "ttest" or ":" in config.stop and config.rule != "majority" else "majority"
     if settles != config.rule:
         raise run.UserError(f"--stop {config.stop} --rule {config.rule}: stops where the label of the {settles} is settled; add --rule {settles}")
     try:
@@ -384,7 +384,7 @@ def initialise(nets, data, config):
             x = x / x.std()
         nets.spread.copy_(x.square().mean((0, 2, 3))[:, None, None].sqrt().clamp_min(1e-3))
     if config.init:
-        run.load_init(nets, config.init, METHOD, backbone=config.backbone, precondition=config.precondition)
+        run.load_init(nets, config.init, METHOD, backbone=config.backbone, precondition=config.precondition, prediction=config.prediction)
 
 
 def parameter_groups(nets, config):
@@ -461,13 +461,13 @@ def evaluate(nets, split, config, device, joint=None):
         for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
             with run.autocast(config, device):
                 rows.append((nets.resnet(batch.x).float() + nets.prior.log()).softmax(1).cpu().numpy().astype(np.float64))
-        predictions |= run.gather({"resnet": np.concatenate(rows)})
+        predictions |= run.gather({"resnet": np.concatenate([np.empty((0, nets.classes)), *rows])})
     return predictions, uncertainties(error, predictions[METHOD])
 
 
 def uncertainties(error, p):
     """{kind: (M,)}, a kind of --uncertainty each. With q the shares of the votes: 1 - q of the class predicted; half the sum of q (1 - q), for two
-    classes the variance of a vote; the chance, by the votes, that a longer run would have another class in front; entropy of p over log K."""
+    classes the variance of a vote; the chance, by the votes, that a longer run would have its strongest rival in front; entropy of p over log K."""
     votes, mine = count_votes(error), np.eye(p.shape[1], dtype=bool)[p.argmax(1)]
     q = votes / votes.sum(1, keepdims=True)
     posterior = np.array([below_half(int(a), int(b)) for a, b in zip(votes[mine], np.where(mine, 0, votes).max(1))])

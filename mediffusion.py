@@ -8,7 +8,7 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
     z = E(x);  z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps                                          `q_sample`
     H_t = means over pixels of the ten tensors of the U-Net's encoder; g(y | H_0), two layers   `features`, `Networks.head`
     L = |eps_hat(z_t, t) - eps|^2 over all images + w L_class(g(y | H_0)) over those with labels         eq. 1 and below   `train_step`
-    eps' = eps_hat - s sqrt(1 - ab_t) grad_z log g(y | .)                     eq. 2, which leaves out s   `guided`
+    eps' = eps_hat - s sqrt(1 - ab_t) grad_{z_t} log g(y | .), to remove log (1 - g)     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
 B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance. `--labels 0.1` shows a tenth of the labels.
@@ -22,10 +22,10 @@ B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoenco
 Read differently from the paper, and why
  1. Appendix C swaps two terms: the perceptual one is there from the start (weight 1), the GAN from step 50,001 (0.5). Without --vgg and --lpips: a pyramid.
  2. Attention "at 4x4, 2x2, 1x1" are downsampling factors: every level. "10,000 features by average pooling" is the mean over all pixels: 5,632.
- 3. The joint loss is a sum; the paper's minus is a slip. Labels of all 14 findings (8 classes in ISIC); "No Finding" is none.
- 4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with the embedding of t (--guide-on), and it learns every 4th step (--cls-every).
+ 3. The joint loss is a sum; the paper's minus is a slip. Labels of all 14 findings (8 classes in ISIC); ChestX-ray14's "No Finding" is none.
+ 4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with t's embedding (--guide-on). It teaches the classifier every 4th step (--cls-every).
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
- 6. Validation, not the test split, selects. Which images have labels goes by patient. Of a counterfactual counts what guidance changed: guided minus control.
+ 6. Validation, which keeps all labels, selects, not the test split. Who has labels goes by patient. Of a counterfactual counts guided minus control.
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
  8. Recipe plus trains as paper, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
     encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
@@ -44,19 +44,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.autoencoder import (AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, gan_losses, gan_weight, reconstruction_loss,
-                                sample)
+from common.autoencoder import AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, gan_losses, gan_weight, reconstruction_loss, sample
 from common.resnet import ResNet
 from common.unet import UNet
 from data import Batches, DataError, load_for, mirrored, read_split, shortcut
 
 METHOD = "mediffusion"
+NOT_DRAWN = "--variant no_diffusion: such a run has learned to classify alone, and draws or changes no image; take one of --variant joint"
 
 
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the paper's, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy_xray"  # data set: toy_xray, toy, chestxray14, isic2019, ham10000, chexpert, MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
@@ -125,13 +125,13 @@ class Config:
     cls_noise: int = 0  # [0..] the classifier sees latents of up to so many noise levels in training; 0: clean ones
     feature_times: str = "0"  # noise levels at which features are taken, their mean is classified; 0: of the clean latent
     consistency: float = 0.  # [0..] weight of agreement with the EMA network's answers on all images (mean teacher, Tarvainen & Valpola 2017)
-    guide: str = "own"  # what leads: own, or the checkpoint of another run, whose plain ResNet sees the decoded image (appendix H)
+    guide: str = "own"  # what leads: own, or the checkpoint of another run, whose plain ResNet sees the decoded image (appendix H: of z_t, s 100 times as large)
     guide_on: Literal["x0hat", "zt"] = "x0hat"  # what is classified: the U-Net's guess of z_0 (the authors' code), or z_t (eq. 2)
     guide_through: Literal["unet", "encoder"] = "unet"  # the gradient of the guess: through the whole U-Net, or as if eps_hat were constant
     guide_clean: bool = False  # the guess is classified with the embedding of t = 0, as in training, not of t
     guide_unit: bool = False  # the gradient at unit length, times the latent's size: s no longer depends on how sure the classifier is
     guide_goal: float = 1.  # [0..1] guidance rests where the probability aimed at is above it
-    hold_labels: float = 0.  # [0..] weight of the other labels' squared change, in logits
+    hold_labels: float = 0.  # [0..] weight of the other labels' squared change, in logits; like the next not with --guide-on zt, which sees noise
     hold_latent: float = 0.  # [0..] weight of the latent's squared change
     guidance: float = 300.  # [0..] s, where images are drawn
     draw_steps: int = 50  # [1..] of the reverse process
@@ -140,7 +140,7 @@ class Config:
     remove_scale: float = 500.  # [0..] s for it
     enforce_start: int = 200  # [1..] noise level from which a finding is enforced
     enforce_scale: float = 200.  # [0..] s for it
-    edit_steps: int = 0  # [0..] of the reverse process of counterfactuals; 0: each level
+    edit_steps: int = 0  # [0..] of the reverse process of counterfactuals, whose first level is the first of `levels`; 0: each level
     edit_eta: float = 1.  # [0..1] its noise
     edit_keep: float = 1.  # [0..1] a counterfactual is the control but for the pixels that hold this share of the change's energy; 1: all
     explained: int = 16  # [1..] images of each class that are changed and measured at the end
@@ -187,7 +187,7 @@ def levels(start, n):
 
 
 def reverse_step(z_t, eps, noise, ab_t, ab_s, eta):
-    """From level t to a less noisy s (Song et al. 2021, eq. 12): eta 0 is DDIM, eta 1 DDPM's posterior. Nothing is clamped."""
+    """From level t to a less noisy s (Song et al. 2021, eq. 12, sigma eq. 16): eta 0 is DDIM, eta 1 DDPM's posterior. Nothing is clamped."""
     z_0 = (z_t - (1 - ab_t) ** .5 * eps) / ab_t ** .5
     sigma = eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** .5
     return ab_s ** .5 * z_0 + max(0., 1 - ab_s - sigma ** 2) ** .5 * eps + sigma * noise
@@ -250,7 +250,7 @@ def train_step(nets, ema, config, batch, joint):
         z = nets.latents(batch.x, batch, noise=True)
     if config.variant == "joint":
         losses |= diffusion_loss(nets, config, z)
-    if config.variant == "no_diffusion" or step >= min(config.cls_start, config.epochs * count // 10) and step % config.cls_every == 0:
+    if config.variant == "no_diffusion" or (step >= min(config.cls_start, config.epochs * count // 10) and step % config.cls_every == 0):
         losses["classifier"] = class_loss(nets.head(features(nets, config, nets.latents(few.x, few, noise=True))), few.y)
     if config.consistency:                                              # mean teacher: the EMA network, which sees it clean
         with torch.no_grad():
@@ -289,23 +289,23 @@ def guided(nets, config, z_t, t, aim):
         clean = config.guide_clean and config.guide_on == "x0hat"
         logits = (nets.head(nets.pooled(seen, 0 * at if clean else at)) if config.guide == "own" else nets.other(nets.decoded(seen))).float()
         losses = aim_loss(logits, aim.label, aim.enforce, nets.multilabel)
-        wanted = losses.detach().exp().reciprocal() < config.guide_goal             # else: there already
+        wanted = (-losses.detach()).exp() < config.guide_goal           # else: the probability aimed at is there already
         losses = losses * wanted
-        if config.hold_labels and aim.logits is not None:
+        if config.hold_labels and aim.logits is not None and config.guide_on == "x0hat":
             losses = losses + config.hold_labels * (logits - aim.logits).scatter(1, aim.label[:, None], 0).square().sum(1)
-        if config.hold_latent and aim.z is not None:
+        if config.hold_latent and aim.z is not None and config.guide_on == "x0hat":
             losses = losses + config.hold_latent * (seen - aim.z).square().mean((1, 2, 3))
         (gradient,) = torch.autograd.grad(losses.sum(), z_t)
     if config.guide_unit:                                               # as long as standard normal noise
-        length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        gradient = gradient / length.clamp_min(1e-12) * gradient[0].numel() ** .5 * wanted.view(-1, 1, 1, 1)
+        factor = wanted * gradient[0].numel() ** .5 / gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+        gradient = gradient * factor.view(-1, 1, 1, 1)
     return eps.detach() + aim.scale * (1 - ab).sqrt() * gradient
 
 
 @torch.no_grad()
 def reverse(nets, config, z, start, n, eta, names, aim=None):
     """Latents z, noised to the first of `levels(start, n)`, -> clean ones, in n steps (0: each level). The noise of a step goes by the image's name."""
-    way, ab = levels(start, n), nets.alpha_bar.double().tolist()
+    way, ab = levels(start, n), nets.alpha_bar.tolist()
     for i, (t, s) in enumerate(zip(way, [*way[1:], -1])):
         eps = guided(nets, config, z, t, aim) if aim and aim.scale else nets.unet(z, torch.full((len(z),), t, device=z.device)).float()
         noise = run.image_noise(config.seed, [f"{name} step {i}" for name in names], z.shape[1:], z.device) if eta else 0.
@@ -416,7 +416,7 @@ class Networks(nn.Module):
         return self.guide[0].to(x.device)(x)
 
     def pooled(self, z, t):
-        """H_t, (B, 5632): of each tensor of the encoder, in their order, the mean over its pixels."""
+        """H_t (sec. 3.3), (B, F), in the paper 5,632: of each tensor of the encoder, in their order, the mean over its pixels."""
         return torch.cat([h.float().mean((2, 3)) for h in self.unet.encode(z, t)], 1)
 
     def answers(self, logits):
@@ -446,8 +446,8 @@ def build(config, facts):
         raise run.UserError(f"--autoencoder {config.autoencoder}: is one of gray images; colour images need one of colour images")
     if (low := config.size // nets.multiple * nets.multiple) != config.size:
         raise run.UserError(f"--size {config.size}: must be a multiple of {nets.multiple}; take {f'{low} or ' * (low > 0)}{low + nets.multiple}")
-    if config.size < (24 if nets.discriminator else 11):
-        raise run.UserError(f"--size {config.size}: too small to be judged by a discriminator or measured; take {24 if nets.discriminator else 16} or more")
+    if config.size < (24 if nets.discriminator else 16 if config.vgg else 11):
+        raise run.UserError(f"--size {config.size}: too small to be judged by a discriminator or by VGG, or measured; take {24 if nets.discriminator else 16} or more")
     if config.guide != "own":
         nets.guide = [other_guide(config.guide, facts)]                 # in a list: no part of the network's weights
     return nets
@@ -481,7 +481,7 @@ def initialise(nets, data, config):
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
     if config.init:
-        run.load_init(nets, config.init, METHOD)
+        run.load_init(nets, config.init, METHOD, "autoencoder." * bool(config.autoencoder), "autoencoder." * (not config.autoencoder and not config.pretrain_epochs))
 
 
 def parameter_groups(nets, config):
@@ -563,14 +563,14 @@ def changed(nets, config, split, k, enforce, device, judge=None):
 def judged(seen, k, enforce, boxes=None):
     """Numbers of a Changed for label k, each model's: mean probability of the image, of the control, of the counterfactual; what guidance changed
     (`diff`, counterfactual - control) and, of the others, the mean of |mean change| (the authors' code) and of |change| (the paper's words); the share of
-    images that now are on the side of 1/2 aimed at (some were before); the share of the change, and of the area, in the label's boxes (N, 4), where known."""
+    images that now are on the side of 1/2 aimed at, and of controls; the share of the change, and of the area, in the label's boxes (N, 4), where known."""
     found = {}
     for model, p in seen.p.items():
         change = p["guided"] - p["control"]
         others = np.delete(change, k, 1) if change.shape[1] > 1 else np.zeros_like(change)
         found[model] = {name: float(of[:, k].mean()) for name, of in p.items()} | {
             "diff": float(change[:, k].mean()), "other_diff": float(np.abs(others.mean(0)).mean()), "other_abs": float(np.abs(others).mean())}
-    found["flipped"] = float(np.mean((seen.p[METHOD]["guided"][:, k] > .5) == enforce))
+    found |= {name: float(np.mean((seen.p[METHOD][of][:, k] > .5) == enforce)) for name, of in (("flipped", "guided"), ("flipped_by_control", "control"))}
     change = np.abs(seen.guided.astype(np.float64) - seen.control).mean(1) / 255
     found["change"] = float(change.mean())
     if boxes is not None and (known := np.isfinite(boxes).all(-1)).any():
@@ -586,29 +586,29 @@ def boxes_of(split, k):
 
 @torch.no_grad()
 def measure(nets, data, config, device, figures):
-    """Writes autoencoder.pt; on validation: the autoencoder's round trip, and what guidance does to some images with each label and to some without any
-    (single-label: of other classes), as `judged` has it; and pictures: reconstructions, drawn images by guidance, counterfactuals."""
+    """Writes autoencoder.pt; on validation: the autoencoder's round trip and, of a joint run, what guidance does to some images with each label and to some
+    without a finding (single-label: of other classes), as `judged` has it; and pictures: reconstructions, drawn images by guidance, counterfactuals."""
     if run.rank() == 0:
         run.save(figures.parent / "autoencoder.pt", nets.autoencoder.state_dict())
-    val, some, counterfactuals, rows, names = data.val, data.val.take(drawn.some_rows(data.val, 200, config.seed)), {}, [], []
+    val, some, counterfactuals, led, rows, names = data.val, data.val.take(drawn.some_rows(data.val, 200, config.seed)), {}, {}, [], []
+    labels, findings = list(enumerate(data.classes)) * (config.variant == "joint"), [name != "No Finding" for name in data.classes]
     trip = np.concatenate([plots.to_uint8(nets.decoded(nets.latents(batch.x))) for batch in Batches(some, config.eval_batch_size, device)])
     plots.image_grid(figures / "reconstructions.png", [some.images[:8], trip[:8]], row_names=["image", "from its latent"], title="What the autoencoder keeps")
-    for k, label in enumerate(data.classes[:6]):
+    for k, label in labels[:6]:
         for scale in (0., config.guidance / 3, config.guidance * 2 / 3, config.guidance):
             with run.autocast(config, device):
                 images = draw(nets, config, torch.full((8,), k, device=device), [f"drawn-{i}" for i in range(8)], scale, device)
-            rows, names = [*rows, plots.to_uint8(images)], [*names, f"{label}, s = {scale:.3g}"]
-    plots.image_grid(figures / "guidance.png", rows, row_names=names, title="The same noise, led to a class by more and more guidance")
-    rows, names = [], []
-    for k, label in enumerate(data.classes):
+            led[f"{label}, s = {scale:.3g}"] = plots.to_uint8(images)
+    for k, label in labels:
         has = val.labels[:, k] > 0 if nets.multilabel else val.labels == k
-        for enforce, of in ((False, has), (True, ~val.labels.any(1) if nets.multilabel else ~has)):
+        for enforce, of in ((False, has), (True, ~val.labels[:, findings].any(1) if nets.multilabel and findings[k] else ~has)):
             if (of := np.flatnonzero(of)[:config.explained]).size:
                 part, what = val.take(of), f"{'enforce' if enforce else 'remove'} {label}"
                 seen = changed(nets, config, part, k, enforce, device)
                 counterfactuals[what] = {"images": len(of)} | judged(seen, k, enforce, boxes_of(part, k))
                 rows, names = [*rows, as_tiles(part.images[0], seen, 0, boxes_of(part, k))], [*names, what]
     if rows:
+        plots.image_grid(figures / "guidance.png", list(led.values()), row_names=list(led), title="The same noise, led to a class by more and more guidance")
         plots.image_grid(figures / "counterfactuals.png", rows, [["image", "through noise and back", "and guided", "what guidance changed"]] * len(rows), names, title="Counterfactuals")
     return {"labelled": len(data.train.few[0]), "counterfactuals": counterfactuals,
             "autoencoder": {"psnr": metrics.psnr(some.images, trip), "ssim": metrics.ssim(some.images, trip), "perceptual": nets.perceptual.tier, "latent_scale": nets.latent_scale.item()}}
@@ -699,8 +699,8 @@ def sample_command(checkpoint, label, n=16, output="", **given):
     """Draws n images of a class, led by the classifier: a picture each, and all in one grid."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
     classes, k = facts["classes"], run.class_number(label, facts["classes"])
-    if n < 1:
-        raise run.UserError(f"-n {n}: 1 or more")
+    if n < 1 or config.variant == "no_diffusion":
+        raise run.UserError(f"-n {n}: 1 or more" if n < 1 else NOT_DRAWN)
     ids, images = [f"{classes[k]}-{i:04d}" for i in range(n)], []
     for part in run.progress([ids[i:i + config.eval_batch_size] for i in range(0, n, config.eval_batch_size)], "draw"):
         with run.autocast(config, device):
@@ -713,8 +713,8 @@ def explain_command(checkpoint, paths=(), limit=0, target="", remove=False, enfo
     """A picture an image, `limit` at most (0: all of `paths`; 8 of the test split if none): the image, the same through noise and back, and guided
     away from the label `target` or to it (by default the likeliest; away from what is predicted, to what is not), and what guidance changed."""
     config, nets, facts, device = run.load_model(checkpoint, METHOD, Config, build, given)
-    if remove and enforce:
-        raise run.UserError("--remove --enforce: one of the two")
+    if remove and enforce or config.variant == "no_diffusion":
+        raise run.UserError("--remove --enforce: one of the two" if remove and enforce else NOT_DRAWN)
     classes, given_k = facts["classes"], run.class_number(target, facts["classes"], "--target") if target else None
     split, problems = run.to_explain(sys.modules[__name__], config, facts, paths, limit)
     out, p = run.result_folder(output, checkpoint, "explain", config), evaluate(nets, split, config, device)[0][METHOD]

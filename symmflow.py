@@ -66,7 +66,7 @@ class Config:
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
-    size: int = 32  # [8..2048] pixels a side, even at each level of the U-Net but the last; of MedMNIST 28 are padded to 32
+    size: int = 32  # [8..2048] pixels a side, the paper's at every scale, even at each level of the U-Net but the last; of MedMNIST 28 are padded to 32
     split: Literal["official", "group", "paper"] = "official"  # official test set, else by patient or lesion; paper: the paper's own, which leaks
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
@@ -114,16 +114,16 @@ class Config:
     label_loss: Literal["velocity", "map", "posterior"] = "velocity"  # squared error of v_y; t^2 of it: of the label map; or cross-entropy of its class
     precondition: bool = False  # the U-Net adds to linear guesses of the velocity, and sees those of x_1 and y_0 in place of x_t and y_t
     label_noise: Literal["pixel", "shared"] = "pixel"  # xi_y of each pixel, whose mean gives the label away at t < 1, or one for all pixels
-    pooled: bool = False  # the mean pixel of the label map also enters with the time embedding, past the group norms, which hide what is constant
+    pooled: bool = False  # the label map's mean pixel, as the U-Net sees it, also enters with the time embedding, past the group norms, which hide what is constant
     t_one: float = 0.  # [0..1] share of training images seen once more, at t = 1, all that one-step classification uses, for the label loss alone
     steps: int = 1  # [1..] of the flow when it classifies
     draw_steps: int = 25  # [1..] of the flow when it draws images
     guidance: float = 0.  # [0..] how far drawing leaves the mean of all classes' velocities behind, at a second network call a step
     solver: Literal["euler", "heun"] = "euler"  # one network call a step, or two
-    samples: int = 1  # [1..] noise draws whose label maps are averaged; with precondition and one step they agree
-    decision: Literal["mean", "mode"] = "mean"  # by mean distance, or by the vote of the pixels
+    samples: int = 1  # [1..] noise draws whose label maps are averaged; with precondition and one step a draw a mirror image is all, others would agree
+    decision: Literal["mean", "mode"] = "mean"  # by the mean label map: its distances, or weights of equidistant codes; or by the vote of the pixels
     mirror: bool = False  # the draws look at the image and its mirror images, those of --augment, in turn
-    calibrate: bool = False  # fit the softmax's temperature on validation
+    calibrate: bool = False  # fit the softmax's temperature on validation, for the run's own steps, samples and decision
     uncertainty: Literal["distance", "entropy", "margin", "spread"] = "distance"  # what predictions are ranked by; spread needs more samples than one
     generated: int = 500  # [0..] images drawn and measured at the end, and validation images of the table of steps; 0: none drawn, all in the table
 
@@ -175,7 +175,7 @@ def outputs(unet, config, x, y, t, rows=None):
     """What the U-Net says at the point x, y (B, ., H, W) and time t (B,): v_x, and v_y or, with label_loss posterior, in its place logits of
     p(k | x_t, y_t), one for each pixel of the middle, (B, K, h, w), whose mean counts. rows: the decoder runs for the first so many only."""
     guess_x = guess_y = 0.
-    if config.precondition:                                             # as if entries of x_1 had a mean square of 1, as those of y_0 and noise
+    if config.precondition:                                             # as if entries of x_1 had a mean square of 1, as noise and one-hot y_0 have
         u = t.view(-1, 1, 1, 1)
         variance = u ** 2 + (1 - u) ** 2
         guess_x, guess_y = (2 * u - 1) / variance * x, (2 * u - 1) / variance * y
@@ -231,7 +231,7 @@ def train_step(nets, ema, config, batch, joint):
 
 
 def guided(nets, config, labels, x, y, t):
-    """v_x + g (v_x - its mean over all classes), and v_y, of label maps on their way from `labels` (B,); after Ho and Salimans 2022, untrained. Each step
+    """v_x + g (v_x - its mean over all classes), and v_y, of label maps on their way from `labels` (B,); Ho and Salimans 2022 without a null class. Each call
     looks at one other class, the next in turn, hence (K - 1) / K: begun at its colour c, the map would now be (1 - t) (c - c_label) away."""
     v_x, v_y = velocity(nets.unet, config, x, y, t)
     if config.guidance:
@@ -260,11 +260,11 @@ def flow(unet, config, x, y, start, end, steps, field=None):
 class Prediction(NamedTuple):
     p: torch.Tensor                     # (B, K) probabilities
     votes: torch.Tensor                 # (B, K) share of the pixels nearest to each colour
-    d: torch.Tensor                     # (B, K) mean distance of the label map to each colour
+    d: torch.Tensor                     # (B, K) distances of the label map to each colour
     distance: torch.Tensor              # (B,) d of the class: the paper's uncertainty
     entropy: torch.Tensor               # (B,) of p, over log K: 0 sure .. 1 no idea
     margin: torch.Tensor                # (B,) 1 - (largest p - second)
-    spread: torch.Tensor                # (B,) share of the draws that are nearest to another colour than their mean is
+    spread: torch.Tensor                # (B,) share of the draws that by d are nearest to another colour than their mean is
     y: torch.Tensor                     # (B, D, H, W) the label map, mean of the draws
 
 
@@ -278,15 +278,16 @@ def distances(y, codes, kind):
 
 def classify(nets, config, x, noise):
     """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: a call of the network an image, draw and Euler step."""
-    B, S = noise.shape[:2]
     field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 else None)            # 0: nobody looks at v_x
-    views = [nets.encode(view) for view in mirrored(x, config.augment * config.mirror)[:S]]
+    views = [nets.encode(view) for view in mirrored(x, config.augment * config.mirror)[:noise.shape[1]]]
+    noise = noise[:, :len(views)] if config.precondition and config.steps == 1 else noise          # else a view's draws would agree
+    B, S = noise.shape[:2]
     z = torch.stack([views[s % len(views)] for s in range(S)], 1).flatten(0, 1)
     y = flow(nets.unet, config, z, noise.flatten(0, 1), 1., 0., config.steps, field)[-1][1]
     y = nets.decode_map(y.unflatten(0, (B, S)))
     each, y = distances(y, nets.codes, config.codes), y.mean(1)
     d = distances(y, nets.codes, config.codes)
-    votes = F.one_hot((y.movedim(1, -1)[..., None, :] - nets.codes).norm(dim=-1).argmin(-1), nets.classes).float().mean((1, 2))
+    votes = F.one_hot(torch.cdist(y.flatten(2).mT.float(), nets.codes, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1), nets.classes).float().mean(1)
     if config.decision == "mode":
         logits = votes.clamp_min(1e-3).log()
     elif config.codes in ("onehot", "simplex"):                         # one step ends at the sum of p(k | x) c_k: p can be read off
@@ -386,7 +387,7 @@ def build(config, facts):
         raise run.UserError(f"--label-loss posterior --codes {config.codes}: gives the probabilities of one-hot codes; add --label-loss map for these")
     if config.label_loss == "posterior" and config.decision == "mode":
         raise run.UserError("--decision mode: with --label-loss posterior all pixels have one colour; take --decision mean")
-    if config.uncertainty == "spread" and (config.samples == 1 or config.precondition and config.steps == 1):
+    if config.uncertainty == "spread" and (config.samples == 1 or config.precondition and config.steps == 1 and not (config.mirror and "flip" in config.augment)):
         raise run.UserError("--uncertainty spread: the draws do not differ here; add --samples 4 --steps 2, or take entropy")
     if config.codes == "grey" and not config.beta:
         raise run.UserError("--codes grey --beta 0: all classes would have one colour, grey levels run from -beta/2 to beta/2; name a beta above 0")
@@ -457,7 +458,7 @@ def collect(nets, split, config, device):
 
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
-    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first. --mirror is for all of them."""
+    """Every model on a whole split: ({model: probabilities (N, K)}, {kind: uncertainty (N,)}); the method comes first. The ResNet sees as many views."""
     nets.eval()
     found, rows = collect(nets, split, config, device), []
     predictions = {METHOD: found["p"]}
@@ -466,7 +467,7 @@ def evaluate(nets, split, config, device, joint=True):
             with run.autocast(config, device):
                 p = [(nets.resnet(view).float() + nets.prior.log()).softmax(1) for view in mirrored(batch.x, config.augment * config.mirror)[:config.samples]]
             rows.append(torch.stack(p).mean(0).cpu().numpy().astype(np.float64))
-        predictions |= run.gather({"resnet": np.concatenate(rows)})
+        predictions |= run.gather({"resnet": np.concatenate([np.empty((0, nets.classes)), *rows])})
     return predictions, {kind: found[kind] for kind in KINDS}
 
 
@@ -488,11 +489,10 @@ def measure(nets, data, config, device, figures):
         m = metrics.summary(some.labels, collect(nets, some, dataclasses.replace(config, steps=steps, samples=samples), device)["p"])
         table.append({"steps": steps, "samples": samples, **{k: m[k] for k in ("accuracy", "ece", "nll")}, "seconds_an_image": (time.monotonic() - began) / len(some)})
     full = collect(nets, val, config, device)
-    right = full["p"].argmax(1) == val.labels
     rules = {"accuracy_mean": metrics.accuracy(val.labels, full["d"].argmin(1)), "accuracy_mode": metrics.accuracy(val.labels, full["votes"].argmax(1)),
              "auroc_distance": metrics.auroc(val.labels, -full["d"])}
     found = {"validation": metrics.summary(val.labels, full["p"]), "validation_by_steps_and_samples": table, "validation_by_rule": rules,
-             "validation_aurc": {kind: metrics.aurc(right, full[kind]) for kind in KINDS}}
+             "validation_aurc": {kind: metrics.aurc(full["p"].argmax(1) == val.labels, full[kind]) for kind in KINDS}}
     rows = drawn.some_rows(val, config.generated, config.seed)
     if len(rows) > 1:
         images = draw_images(nets, config, val.labels[rows], [f"drawn-{i}" for i in range(len(rows))], device)

@@ -26,7 +26,7 @@ def nearest(images, among, device, chunk=1000):
 def judge(resnet, images, device):
     """The plain ResNet's labels (N,) and pooled features (N, dim) float64 of images uint8."""
     features = torch.cat([resnet.features(x.to(device).float() / 127.5 - 1).float().mean((2, 3)) for x in torch.from_numpy(np.array(images)).split(128)])
-    return resnet.fc(features).argmax(1).cpu().numpy(), features.double().cpu().numpy()
+    return resnet.fc(features).argmax(1).cpu().numpy(), features.cpu().double().numpy()
 
 
 def measure(images, rows, data, resnet, device, figures, seed, title):

@@ -425,13 +425,13 @@ def all_rows(x):
 
 
 def gather(rows):
-    """Joins a dict of arrays, each process holding rows rank, rank + world, ... of the whole, in their order."""
+    """Joins a dict of arrays, each process holding rows rank, rank + world, ... of the whole, in their order; of fewer rows than processes some hold {}."""
     if world() == 1:
         return rows
     shards = [None] * world()
     dist.all_gather_object(shards, rows)
-    total = sum(len(next(iter(s.values()))) for s in shards)
-    joined = {k: np.empty((total, *v.shape[1:]), v.dtype) for k, v in rows.items()}
+    total = sum(len(next(iter(s.values()))) for s in shards if s)
+    joined = {k: np.empty((total, *v.shape[1:]), v.dtype) for k, v in shards[0].items()}
     for r, shard in enumerate(shards):
         for k, v in shard.items():
             joined[k][r::world()] = v
@@ -811,9 +811,9 @@ def load_pretrained(net, path):
         raise UserError(f"--pretrained {path}: {fault}; needed: torchvision's ResNet-{net.depth} weights, --size 100 or more") from None
 
 
-def load_init(nets, path, method, **same):
+def load_init(nets, path, method, leave="", whole="", **same):
     """Starts from the EMA weights of another run of this method, whose settings must have the values `same`; layers that do not fit (other classes)
-    keep their own."""
+    keep their own, as do those whose name begins with `leave`. All of those that begin with `whole` must fit."""
     try:
         content, own = load_checkpoint(path, method), nets.state_dict()
     except UserError as fault:
@@ -825,11 +825,14 @@ def load_init(nets, path, method, **same):
     given = content["ema"]
     # weights and batch norms; not what was fitted to the other run, such as its temperature
     learnt = {name for name, _ in nets.named_parameters()} | {k for k in own if "running_" in k or k.endswith("num_batches_tracked")}
+    learnt = {k for k in learnt if not (leave and k.startswith(leave))}
     fits = {k: v for k, v in given.items() if k in learnt and own[k].shape == v.shape}
     if not fits:
         raise UserError(f"--init {path}: no tensor fits this network (another --scale or --width?)")
     nets.load_state_dict(fits, strict=False)
     new = [k for k in own if k in learnt and k not in fits]
+    if unfit := [k for k in new if whole and k.startswith(whole)]:
+        raise UserError(f"--init {path}: {unfit[0]} is of another shape there (other --channels or --ae-width, or gray images?), and nothing here would train it")
     print(f"--init: {len(fits)} of {len(learnt)} tensors from {path}" + (f"; new: {', '.join(new[:6])}" if new else ""))
 
 

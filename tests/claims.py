@@ -196,7 +196,7 @@ def regions(checkpoint):
     config, nets, facts, device = running.load_model(checkpoint, "diffmic", diffmic.Config, diffmic.build, {})
     val, side = load_for(config).val, nets.guide.roi_size
     with torch.no_grad():
-        corners = torch.cat([nets.guide(batch.x).boxes for batch in Batches(val, 128, device)]).cpu().numpy()[..., ::-1]
+        corners = torch.cat([nets.guide(batch.x).corners for batch in Batches(val, 128, device)]).cpu().numpy()[..., ::-1]
     found = metrics.box_mask(np.concatenate([corners, corners + side], -1), val.images.shape[2:]).any(1)       # (N, H, W)
     truth = metrics.box_mask(val.boxes, val.images.shape[2:])
     both = (found & truth).sum((1, 2))

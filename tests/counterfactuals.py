@@ -55,15 +55,16 @@ def train_judge(split, classes, config, device, epochs=6):
     return net.eval().requires_grad_(False)
 
 
-def starting(split, k, enforce, boxed=False):
+def starting(split, k, enforce, boxed=False, classes=()):
     """Rows of the images from which label k is removed: those with it, and with its box where boxes are known; or in which it is enforced: those without
-    any finding or, `boxed`, as the authors have it, those with the box of some finding and none of this. Single-label: of all other classes."""
+    any finding or, `boxed`, as the authors have it, those with the box of some finding and none of this. Single-label: of all other classes.
+    "No Finding", where it is one of the `classes`, is none, and is enforced in all that have not got it."""
     has = split.labels == k if split.labels.ndim == 1 else split.labels[:, k] > 0
-    if split.labels.ndim == 1:
+    if split.labels.ndim == 1 or classes and classes[k] == "No Finding":
         return np.flatnonzero(has ^ enforce)
     box = (split.labels > 0) & (False if split.boxes is None else np.isfinite(split.boxes).all(-1))
     if enforce:
-        return np.flatnonzero(box.any(1) & ~box[:, k] if boxed else (split.labels == 0).all(1))
+        return np.flatnonzero(box.any(1) & ~box[:, k] if boxed else (split.labels == 0)[:, [c != "No Finding" for c in classes] or slice(None)].all(1))
     return np.flatnonzero(box[:, k] if box[:, k].any() else has)
 
 
@@ -91,7 +92,7 @@ def judged_rows(nets, config, data, judge, auroc, n, device, boxed=False):
     ask = lambda x: judge(x).float().sigmoid() if nets.multilabel else judge(x).float().softmax(1)
     for k, label in enumerate(data.classes):
         for enforce in (False, True):
-            what, rows = f"{'enforce' if enforce else 'remove'} {label}", starting(data.test, k, enforce, boxed)
+            what, rows = f"{'enforce' if enforce else 'remove'} {label}", starting(data.test, k, enforce, boxed, data.classes)
             if not auroc[label] >= SURE:
                 found[what] = {"refused": f"the judge's AUROC of {label} is {auroc[label]:.2f}, under {SURE}"}
             elif len(rows):

@@ -75,7 +75,7 @@ def test_both_guides_agree_where_regions_are_whole_cells(given):
     config = tiny(**given)
     nets, x = networks(config), colour(2 if config.size == 224 else 6, config.size)
     theirs = authors.guide(nets.guide, x, red=False)
-    assert agree(theirs, nets.guide(x)) and theirs.boxes.shape == (len(x), config.rois, 2)
+    assert agree(theirs, nets.guide(x)) and theirs.corners.shape == (len(x), config.rois, 2)
 
 
 @torch.no_grad()
@@ -94,9 +94,9 @@ def test_an_image_of_one_channel_has_the_same_regions_in_red():
 def test_the_authors_local_prior_does_not_see_green_and_blue():
     nets, x = networks(tiny()), colour()
     theirs, ours = authors.guide(nets.guide, x), nets.guide(x)
-    assert torch.equal(theirs.boxes, ours.boxes) and close(theirs.logits_g, ours.logits_g)
+    assert torch.equal(theirs.corners, ours.corners) and close(theirs.logits_g, ours.logits_g)
     assert not close(theirs.logits_l, ours.logits_l, 1e-2)
-    corners, repainted = theirs.boxes.numpy(), x.clone()
+    corners, repainted = theirs.corners.numpy(), x.clone()
     repainted[:, 1:] = 0
     assert torch.equal(authors.crop(x, corners, 8, red=True), authors.crop(repainted, corners, 8, red=True))
     assert not torch.equal(authors.crop(x, corners, 8, red=False), authors.crop(repainted, corners, 8, red=False))

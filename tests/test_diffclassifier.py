@@ -603,7 +603,7 @@ def test_uncertainties_lie_in_their_ranges_and_are_what_they_are_called():
         assert np.allclose(u["votes"], 1 - q) and u["variance"].max() <= .5 * (1 - 1 / K) + 1e-12
         if K == 2:
             assert np.allclose(u["variance"], q * (1 - q)) and u["variance"].max() <= .25
-            assert (np.argsort(u["posterior"])[:5] == np.argsort(u["posterior"])[:5]).all() and u["posterior"].max() <= .5
+            assert u["posterior"].max() <= .5
             order = np.argsort(q)
             assert (np.diff(u["posterior"][order]) <= 1e-12).all()      # the surer the vote, the less
 
@@ -675,13 +675,14 @@ def test_a_stop_that_is_none_is_refused(stop):
 
 
 @pytest.mark.parametrize("stop, rule", [("none", "learned"), ("exact", "majority"), ("1e-3", "majority"), (".01", "majority"), ("0.05", "majority"),
-                                        ("ttest", "mean"), ("10:3,50:1", "elbo"), ("10:3", "majority")])
+                                        ("ttest", "mean"), ("10:3,50:1", "mean"), ("10:3", "majority")])
 def test_a_stop_is_taken_with_a_rule_whose_label_it_settles(stop, rule):
     diffclassifier.build(tiny(stop=stop, rule=rule), facts())
 
 
 @pytest.mark.parametrize("given, n, said", [
     (dict(stop="exact", rule="mean"), 5, "add --rule majority"), (dict(stop="ttest"), 5, "add --rule mean"), (dict(stop="1e-3", rule="learned"), 5, "add --rule majority"),
+    (dict(stop="10:3,50:1", rule="elbo"), 5, "add --rule mean"), (dict(stop="10:1", rule="learned"), 5, "add --rule mean"),
     (dict(votes=10), 2, "--votes 10: two classes could draw; take an odd number, such as 11"), (dict(pretrain_epochs=1), 5, "--no-baseline"),
     (dict(mult="1,x"), 5, "--mult 1,x --attention 2 --channels 8 --head-channels 8: no network can be made"),
     (dict(size=17), 5, "--size 17: must be a multiple of 2; take 16 or 18"),
@@ -803,7 +804,7 @@ def test_the_checkpoint_keeps_what_was_fitted(toy_run):
     assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.bias.tolist() == specific["bias"] and nets.weight.any()
 
 
-@pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "learned"), ("none", "elbo")])
+@pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "mean"), ("none", "elbo")])
 def test_eval_with_every_stop_says_what_it_cost(toy_run, tmp_path, stop, rule, capsys):
     given = dict(stop=stop, rule=rule, judged=8)
     assert command("eval", toy_run, "--stop", stop, "--rule", rule, "--judged", 8, "--output", tmp_path / "out") == 0
@@ -953,6 +954,8 @@ def test_a_run_starts_from_the_weights_of_its_own_backbone_alone(toy_run, dit_ru
                                            f"add --backbone {theirs}, or name another\n")
     assert go(tmp_path / "run", *DIT, "--no-precondition", "--init", dit_run / "best.pt") == 2
     assert "is of a run with --precondition, this one has --no-precondition; add --precondition, or" in capsys.readouterr().err
+    assert go(tmp_path / "run", *DIT, "--prediction", "eps", "--init", dit_run / "best.pt") == 2
+    assert "is of a run with --prediction v, this one has --prediction eps; add --prediction v, or" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     config, nets, _, _ = run.load_model(dit_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
     fresh = diffclassifier.build(config, facts())

@@ -641,7 +641,7 @@ def guide_of(size=32, channels=3, classes=5, **given):
 def test_the_saliency_map_of_224_pixels_has_7_by_7_cells_a_class():
     out = guide_of(224, classes=7)(images(2, 224))
     assert out.saliency.shape == (2, 7, 7, 7) and out.logits_g.shape == out.logits_l.shape == (2, 7)
-    assert out.boxes.shape == (2, 6, 2) and out.attention.shape == (2, 6)
+    assert out.corners.shape == (2, 6, 2) and out.attention.shape == (2, 6)
 
 
 @torch.no_grad()
@@ -658,7 +658,7 @@ def test_the_local_prior_is_gated_attention_written_out():
     out = guide(x)
     V, U, w, W = (layer.weight for layer in (guide.attention_v, guide.attention_u, guide.attention_w, guide.to_local))
     for i in range(3):
-        h = [guide.local_net.features(x[i:i + 1, :, r:r + 5, c:c + 5]).mean((0, 2, 3)) for r, c in out.boxes[i].tolist()]
+        h = [guide.local_net.features(x[i:i + 1, :, r:r + 5, c:c + 5]).mean((0, 2, 3)) for r, c in out.corners[i].tolist()]
         score = [(w @ (torch.tanh(V @ k) * torch.sigmoid(U @ k))).item() for k in h]
         weight = [math.exp(s) / sum(math.exp(q) for q in score) for s in score]
         assert out.attention[i].tolist() == pytest.approx(weight, abs=1e-5)
@@ -678,7 +678,7 @@ def test_the_local_prior_does_not_depend_on_the_order_of_the_crops(monkeypatch):
     before, find = guide(x), diffmic.find_rois
     monkeypatch.setattr(diffmic, "find_rois", lambda *args: find(*args)[:, order])
     after = guide(x)
-    assert torch.equal(after.boxes, before.boxes[:, order]) and torch.allclose(after.attention, before.attention[:, order], atol=1e-6)
+    assert torch.equal(after.corners, before.corners[:, order]) and torch.allclose(after.attention, before.attention[:, order], atol=1e-6)
     assert torch.allclose(after.logits_l, before.logits_l, atol=1e-5) and before.attention.std() > 0
 
 
@@ -849,13 +849,13 @@ def test_the_guide_weighs_the_maps_by_its_global_prior_where_asked(roi_weight, m
     guide.to_saliency.weight.mul_(20)                                    # an untrained guide is nearly undecided
     monkeypatch.setattr(diffmic, "find_rois", lambda *args: seen.append(args) or find(*args))
     out = guide(x)
-    assert torch.equal(out.boxes, find(*seen[0])) and len(seen) == 1
+    assert torch.equal(out.corners, find(*seen[0])) and len(seen) == 1
     if roi_weight == "uniform":
-        assert torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6))
+        assert torch.equal(out.corners, find(out.saliency, (32, 32), 5, 6))
     else:
         y_g, _ = out.priors()
         assert torch.allclose(seen[0][4], y_g) and y_g.max() - y_g.min() > .3
-        assert torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6, y_g)) and not torch.equal(out.boxes, find(out.saliency, (32, 32), 5, 6))
+        assert torch.equal(out.corners, find(out.saliency, (32, 32), 5, 6, y_g)) and not torch.equal(out.corners, find(out.saliency, (32, 32), 5, 6))
 
 
 def test_a_planted_bright_cell_is_cut_out_in_all_channels():
@@ -910,7 +910,7 @@ def test_regions_do_not_change_when_a_class_map_is_scaled_and_shifted():
 def test_an_image_without_any_structure_gives_finite_priors():
     out = guide_of()(torch.zeros(2, 3, 32, 32))
     assert all(v.isfinite().all() for v in (out.logits_g, out.logits_l, out.saliency, out.attention))
-    assert len({tuple(b) for b in out.boxes[0].tolist()}) == 6
+    assert len({tuple(b) for b in out.corners[0].tolist()}) == 6
 
 
 def test_the_local_prior_has_no_gradient_to_the_saliency_map():
@@ -1201,6 +1201,20 @@ def test_several_labels_an_image_and_more_steps_than_levels_are_refused():
         diffmic.build(tiny(), dict(channels=3, classes=list("ab"), multilabel=True))
     with pytest.raises(run.UserError, match="--steps 40"):
         networks(tiny(steps=40, timesteps=30))
+
+
+@pytest.mark.parametrize("given", [dict(samples=1), dict(samples=9, variant="dcg"), dict(samples=9, variant="basic")])
+def test_a_spread_of_one_draw_is_refused(given):
+    networks(tiny(samples=2, uncertainty="spread"))
+    with pytest.raises(run.UserError, match="--uncertainty spread: needs several draws"):
+        networks(tiny(uncertainty="spread", **given))
+
+
+def test_without_a_guide_nothing_is_warmed_up():
+    assert configure(variant="c1", data="toy").pretrain_epochs == 0 and configure(variant="c2", data="toy").pretrain_epochs == 2
+    config = configure(variant="c1", pretrain_epochs=3, data="toy")
+    groups = {name: diffmic.learning_rate(config, dict(name=name, peak=1.), 2.) for name in ("diffusion", "resnet")}
+    assert groups["diffusion"] == groups["resnet"] > .5
 
 
 # ------------------------------------------------------------------- Training/eval: tiny runs learn
@@ -1617,7 +1631,7 @@ def test_explained_regions_are_the_guides(tmp_path, shown):
     with torch.no_grad():
         guide = nets.guide(torch.from_numpy(image) / 127.5 - 1)
     (drawn,) = [args for args in marks if len(args) == 4]
-    corners = guide.boxes[0].tolist()
+    corners = guide.corners[0].tolist()
     assert drawn[2].tolist() == [[c, r, c + 5, r + 5] for r, c in corners] and any(r != c for r, c in corners)
     assert drawn[3] == [f"{a:.2f}" for a in guide.attention[0].tolist()]
     best = toy.CLASSES.index(shown["explanation"][0][1])
@@ -1633,6 +1647,20 @@ def test_the_t_sne_of_given_pictures_has_seven_steps_from_noise_to_label(tmp_pat
     assert len(t) == 7 and t == sorted(t, reverse=True) and (t[0], t[-1]) == (50, 1)      # the paper's t = 1..T
     assert all(np.shape(y) == (12, 2) and np.isfinite(y).all() for y in panels.values()) and classes == toy.CLASSES
     assert "predicted" in note and [toy.CLASSES[k] for k in labels] == [title for _, title, *_ in shown["explanation"]]
+
+
+def test_the_t_sne_of_more_than_300_images_is_of_the_first_300(tmp_path, shown, monkeypatch):
+    rows = []
+    monkeypatch.setattr(diffmic, "plane", lambda x: rows.append(x) or x[:, :2])
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt", steps=3), "--tsne", "--limit", 330, "--eval-batch-size", 64, "--output", tmp_path / "out") == 0
+    assert len(rows) == 3 and all(len(x) == 300 for x in rows) and len(shown["scatter"][0][2]) == 300
+
+
+def test_explain_classifies_no_more_images_than_it_draws(tmp_path, shown, monkeypatch):
+    own, sizes = diffmic.classify, []
+    monkeypatch.setattr(diffmic, "classify", lambda nets, config, x, noise: sizes.append(len(x)) or own(nets, config, x, noise))
+    assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt", steps=3), *lesions(tmp_path / "some", 5), "--limit", 2, "--output", tmp_path / "out") == 0
+    assert sizes == [2]
 
 
 def test_the_t_sne_of_a_test_split_is_of_the_denoised_embeddings_and_coloured_by_truth(tmp_path, shown, monkeypatch):

@@ -482,7 +482,7 @@ def test_guidance_rests_where_the_goal_is_reached(unit):
     z[0, 0], z[1, 0], z[2, 0], z[3, 0] = 2., -2., 2., -2.               # of label 0: p .88, .12, .88, .12
     led = mediffusion.guided(nets, tiny(guide_on="zt", guide_goal=.8, guide_unit=unit), z, 299, aims([0] * 4, [True, True, False, False], 10.))
     assert [bool(x.any()) for x in led] == [False, True, True, False]
-    held = mediffusion.guided(nets, tiny(guide_on="zt", guide_goal=.8, guide_unit=unit, hold_latent=1.), z, 299, aims([0] * 4, [True, True, False, False], 10., z=z + 1))
+    held = mediffusion.guided(nets, tiny(guide_goal=.8, guide_unit=unit, hold_latent=1.), z, 299, aims([0] * 4, [True, True, False, False], 10., z=z + 1))
     assert [bool(x.any()) for x in held] == ([False, True, True, False] if unit else [True] * 4)          # of unit length what holds would lead by itself
     assert all(x.any() for x in mediffusion.guided(nets, tiny(guide_on="zt", guide_unit=unit), z, 299, aims([0] * 4, [True, True, False, False], 10.)))
 
@@ -499,6 +499,8 @@ def test_hold_terms_add_the_gradient_of_the_squared_change_of_other_labels_and_o
         gradient = sum(2 * labels * change[j] * W[j] for j in range(3) if j != k)[:, None, None] / 9 + 2 * latent * (seen - z_0[i]) / 18
         assert torch.allclose(held[i] - free[i], 4 * (1 - ab) ** .5 * gradient / ab ** .5, rtol=1e-3, atol=1e-5)
     assert torch.equal(mediffusion.guided(nets, tiny(hold_labels=labels, hold_latent=latent), z, 299, aims([0, 1], [True, False], 4.)), free)
+    noisy, same = (mediffusion.guided(nets, tiny(guide_on="zt", hold_labels=a, hold_latent=b), z, 299, aim) for a, b in ((0., 0.), (labels, latent)))
+    assert torch.equal(noisy, same)                                     # z_t is noise; what is to be held is not
 
 
 @pytest.mark.parametrize("given", [dict(), dict(guide_clean=True), dict(guide_on="zt", guide_clean=True)], ids=str)
@@ -1045,7 +1047,8 @@ def test_what_counts_is_the_difference_from_the_control_and_not_from_the_image()
 
 @pytest.mark.parametrize("enforce, share", [(True, .25), (False, .75)])
 def test_flipped_is_the_share_whose_answer_is_now_the_one_aimed_at(enforce, share):
-    assert of_change([[.2, 0.], [-.2, .3], [.05, 0.], [0., .3]], enforce=enforce)["flipped"] == share
+    found = of_change([[.2, 0.], [-.2, .3], [.05, 0.], [0., .3]], enforce=enforce)
+    assert found["flipped"] == share and found["flipped_by_control"] == (not enforce)         # its p is .4
 
 
 def test_change_that_is_everywhere_is_in_the_box_by_its_area_and_images_without_a_box_do_not_count():
@@ -1168,6 +1171,10 @@ def test_a_finding_is_enforced_where_there_is_none_or_as_the_authors_do_where_an
     assert rows(1, True, True) == np.flatnonzero(odd & has.any(1) & ~has[:, 1]).tolist() and rows(1, False) == np.flatnonzero(odd & has[:, 1]).tolist()
     split.boxes = None
     assert rows(1, False) == np.flatnonzero(has[:, 1]).tolist()
+    split.labels[:, 0] = ~has[:, 1:].any(1)                             # as CheXpert has it
+    names = ["No Finding", *"abcdefgh"[:has.shape[1] - 1]]
+    assert rows(1, True, False, names) == np.flatnonzero(split.labels[:, 0]).tolist() and rows(0, True, False, names) == np.flatnonzero(has[:, 1:].any(1)).tolist()
+    assert rows(0, False, False, names) == np.flatnonzero(split.labels[:, 0]).tolist() and rows(1, True) == []
     single = pictures(9, multilabel=False)
     assert counterfactuals.starting(single, 2, False).tolist() == [2, 5, 8] and counterfactuals.starting(single, 2, True).tolist() == [0, 1, 3, 4, 6, 7]
 
@@ -1260,6 +1267,17 @@ def test_fine_tuning_keeps_the_other_runs_autoencoder(xray_run, tmp_path):
     assert same(*(torch.load(folder / "autoencoder.pt", weights_only=True) for folder in (xray_run, tmp_path / "run")))
 
 
+def test_fine_tuning_takes_the_autoencoder_that_is_named_and_refuses_one_that_it_would_leave_untrained(xray_run, tmp_path, capsys):
+    other = mediffusion.AutoencoderKL(1, 8, (1, 2), 1, 2)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    args = ["--init", xray_run / "best.pt", "--epochs", 1, "--explained", 1, "--no-baseline"]
+    assert go(tmp_path / "run", *args, "--autoencoder", tmp_path / "other.pt", "--pretrain-epochs", 0) == 0
+    assert same(torch.load(tmp_path / "run" / "autoencoder.pt", weights_only=True), other.state_dict())
+    capsys.readouterr()
+    assert go(tmp_path / "colour", *args, "--pretrain-epochs", 0, "--data", "toy") == 2
+    assert "autoencoder.encoder.conv_in.weight is of another shape there" in capsys.readouterr().err
+
+
 def test_the_checkpoint_holds_no_weights_of_the_perceptual_term_and_no_latents(xray_run):
     held = run.load_checkpoint(xray_run / "best.pt", "mediffusion")["ema"]
     assert {name.split(".")[0] for name in held} == {"resnet", "autoencoder", "unet", "head", "alpha_bar", "latent_scale", "frozen", "cls_weight", "head_lr", "temperature"}
@@ -1346,9 +1364,14 @@ def test_another_runs_resnet_guides(xray_run, tmp_path, shown):
     ["--recipe", "paper", "--data", "toy", "--feature-times", "0,20", "--cls-noise", "10", "--consistency", "1", "--calibrate", "--grad-accum", "2", "--gan-weight", ".5",
      "--gan-start", "2", "--augment", "hflip,vflip,rotate", "--guide-on", "zt", "--hold-labels", ".1", "--hold-latent", ".1", "--guide-goal", ".9", "--latent-scale", "1"]],
     ids=["no_diffusion", "everything"])
-def test_other_settings_run_from_end_to_end(options, tmp_path):
+def test_other_settings_run_from_end_to_end(options, tmp_path, capsys):
     assert go(tmp_path / "run", *options, "--explained", 1) == 0
-    assert command("sample", tmp_path / "run", "--label", 1, "-n", 1) == 0 and command("explain", tmp_path / "run", "--limit", 1) == 0
+    alone, pictures = "no_diffusion" in options, opened(tmp_path / "run" / "figures")
+    assert bool(numbers(tmp_path / "run")["method_specific"]["counterfactuals"]) != alone and ("counterfactuals.png" in pictures) != alone
+    for args in ["sample", tmp_path / "run", "--label", 1, "-n", 1], ["explain", tmp_path / "run", "--limit", 1]:
+        capsys.readouterr()
+        assert command(*args) == (2 if alone else 0)
+        assert not alone or "draws or changes no image; take one of --variant joint" in capsys.readouterr().err
 
 
 def test_a_list_of_names_shows_the_labels_of_these_images_and_explain_takes_fewer_images_than_it_names(tmp_path, capsys):
@@ -1553,7 +1576,7 @@ def test_with_few_labels_the_joint_model_beats_the_same_classifier_without_diffu
 @pytest.mark.slow
 def test_in_the_records_guidance_lowers_what_it_removes_and_raises_what_it_enforces_beside_the_control():
     """By the model's own classifier and by the plain ResNet, which shares no weight with it."""
-    rows = [(what, row) for seeds in records().values() for record in seeds.values() for what, row in record["method_specific"].get("counterfactuals", {}).items()]
+    rows = [(what, row) for words, seeds in records().items() if "no_diffusion" not in words for record in seeds.values() for what, row in record["method_specific"].get("counterfactuals", {}).items()]
     if not rows:
         pytest.skip("no records")
     for model in (OWN, "resnet"):

@@ -338,6 +338,15 @@ def test_two_processes_evaluate_what_one_does_and_one_of_them_writes(method, ref
         assert_same_answers({"": row}, {"": want[Path(name).stem]})
 
 
+@every
+def test_two_processes_answer_for_one_picture(method, reference, tmp_path):
+    want, best = rows(reference(method) / "predictions.csv"), reference(method) / "best.pt"
+    file, = pictures(method, list(want)[:1], tmp_path / "pictures")
+    found = processes(lambda rank: quietly(method, "predict", "--checkpoint", best, file, "--output", tmp_path / "out"), tmp_path)
+    assert [code for code, _ in found] == [0, 0]
+    assert_same_answers({"": next(iter(rows(tmp_path / "out" / "predictions.csv").values()))}, {"": want[list(want)[0]]})
+
+
 def share_draws(rank, world):
     """To be called in a child: what is drawn for the rows of a batch is drawn for those of all processes, of which each takes its own."""
     count = itertools.count()

@@ -775,6 +775,11 @@ def test_gather_puts_the_rows_of_all_processes_in_their_order(tmp_path):
     assert run.gather(whole) is whole
 
 
+def test_gather_takes_fewer_rows_than_processes_and_none_at_all(tmp_path):
+    for got in processes(lambda rank: [run.gather({"p": np.arange(2.)[None]} if rank == 0 else {}), run.gather({})], tmp_path):
+        assert got[0]["p"].tolist() == [[0., 1.]] and got[1] == {}
+
+
 def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
     """A mean over images and MMD, which sees all rows at once: two halves give what one process gives."""
     torch.manual_seed(0)

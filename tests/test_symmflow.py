@@ -245,6 +245,16 @@ def test_heun_ends_where_the_posterior_says_and_not_at_half_the_noise():
 def test_what_could_say_nothing_is_refused(given, said):
     with pytest.raises(run.UserError, match=f"^{said}: .*take"):
         networks(tiny(**given))
+    networks(tiny(uncertainty="spread", samples=2, precondition=True, mirror=True, augment="hflip"))        # draws differ by the mirror image
+
+
+def test_where_draws_cannot_differ_each_mirror_image_is_looked_at_once(monkeypatch):
+    config = tiny(label_loss="posterior", codes="onehot", precondition=True, augment="hflip", mirror=True, samples=6)
+    nets, x, noise, seen = networks(config), images(3), torch.randn(3, 6, 5, 16, 16), []
+    monkeypatch.setattr(symmflow, "flow", lambda unet, config, z, y, *rest, own=symmflow.flow: seen.append(len(z)) or own(unet, config, z, y, *rest))
+    with torch.no_grad():
+        p = [symmflow.classify(nets, dataclasses.replace(config, steps=steps, samples=n), x, noise[:, :n]).p for steps, n in ((1, 6), (1, 2), (1, 1), (2, 6))]
+    assert seen == [6, 6, 3, 18] and torch.allclose(p[0], p[1], atol=1e-6) and not torch.allclose(p[0], p[2], atol=1e-4)
 
 
 def test_compiled_the_parts_that_are_called_by_themselves_are_too():
