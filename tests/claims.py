@@ -34,7 +34,8 @@ CELLS = {                                                               # name: 
     "diffmic-ham10000-small": ("diffmic", dict(data="ham10000", scale="small"), (0,)),
 }
 PICKED = dict(select="accuracy", mirror=False)                          # as plus was when its other fields were chosen
-LITTLE = dict(data="toy", limit=300, epochs=100) | PICKED               # where a guide learns its images by heart: do its priors mislead?
+FIRST = dict(residual=False) | PICKED                                   # the same of DiffMIC
+LITTLE = dict(data="toy", limit=300, epochs=100) | FIRST                # where a guide learns its images by heart: do its priors mislead?
 CELLS |= {"diffmic-few": ("diffmic", LITTLE, (0,)), "diffmic-few-nodropout": ("diffmic", LITTLE | dict(prior_dropout=0.), (0,)),
           "diffmic-few-ema": ("diffmic", LITTLE | dict(prior_dropout=0., prior_source="ema"), (0,))}
 CELLS |= {
@@ -61,12 +62,12 @@ IDEAS = {                                                               # of a m
     "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True), "mirror": dict(mirror=True)},
 }
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
-BASE = {"diffmic": PICKED | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1, image_weight=.7),
+BASE = {"diffmic": FIRST | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1, image_weight=.7),
         "diffclassifier": dict(epochs=3, votes=25, baseline=False),     # a third of the budget
         "mediffusion": dict(mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffusion=(0,))
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
-CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | PICKED, (0, 1, 2))
+CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | FIRST, (0, 1, 2))
 CELLS |= {f"{method}-toy-{name}": (method, dict(data=DATA[method]) | BASE[method] | given, (0,)) for method, ideas in IDEAS.items() for name, given in ideas.items()}
 for name in "raw", "label":
     CELLS[f"symmflow-toy-{name}"] = (*CELLS[f"symmflow-toy-{name}"][:2], (0, 1, 2))
@@ -89,7 +90,7 @@ for data, given in REAL.items():
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
 REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
-    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c2", "dcg")} | {"c1": dict(variant="c1", pretrain_epochs=0, epochs=40), "picked": PICKED, "last": dict(select="last")},
+    "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c2", "dcg")} | {"c1": dict(variant="c1", pretrain_epochs=0, epochs=40), "plain": dict(residual=False), "picked": FIRST, "last": dict(residual=False, select="last")},
     "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
                  "last": dict(select="last"), "image": dict(select="last", image_weight=.7), "raw": dict(select="last", image_weight=.7, precondition=False)},
     "diffclassifier": {"init": dict(init=dict(data="ham10000", size=32, augment="hflip,vflip", limit=1500, scale="small", baseline=False, epochs=8, judged=50, votes=5))}}
@@ -274,7 +275,7 @@ def validation(record):
 def choices_table():
     """What decided for recipe plus, RetinaMNIST's validation split: mean over the seeds of a cell."""
     lines = ["| | seeds | accuracy | AUROC | NLL |", "|---|---|---|---|---|"]
-    for method, ideas in ("diffmic", ("last", "picked")), ("symmflow", ("last", "image", "raw")):
+    for method, ideas in ("diffmic", ("plain", "last", "picked")), ("symmflow", ("last", "image", "raw")):
         for name in ("", *ideas):
             found = [r["reverse"][1] if "reverse" in r else r["method_specific"]["validation"] for r in records(f"{method}-retinamnist{'-' * bool(name)}{name}")]
             if found:

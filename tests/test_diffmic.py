@@ -489,6 +489,17 @@ def test_noise_and_label_of_an_estimate_belong_together_by_eq_2(target):
     assert torch.equal(*((eps_hat, out) if target == "eps" else (y0_hat, out.softmax(1))))
 
 
+def test_a_residual_denoiser_that_says_nothing_leaves_the_guides_answer_and_one_without_a_guide_is_alone():
+    y, f, out, t = torch.randn(8, 5), priors(8)[0], torch.randn(8, 5), torch.tensor([0, 1, 10, 100, 300, 500, 900, 999])
+    a, s = levels(t)
+    of = lambda said, f, residual: diffmic.estimate(lambda *args: said, tiny(target="y0", residual=residual), y, (f, f, f, None), t, a, s)
+    assert torch.allclose(of(0 * out, f, True)[1], f, atol=1e-5) and torch.allclose(of(out, f, True)[1], out.exp() * f / (out.exp() * f).sum(1, keepdim=True), atol=1e-5)
+    for nothing in 0 * f, 0 * f + .2:                                   # c1; --prior-dropout
+        assert all(torch.allclose(u, v, atol=1e-4) for u, v in zip(of(out, nothing, True), of(out, nothing, False)))
+    eps_hat, y0_hat = of(out, f, True)
+    assert torch.allclose(diffmic.q_sample(y0_hat, f, eps_hat, a, s), y, atol=1e-4)
+
+
 def test_both_targets_give_the_same_estimate_when_their_denoisers_know_the_same():
     y, f, logits, t = torch.randn(6, 5), priors(6)[0], torch.randn(6, 5), torch.tensor([0, 10, 100, 300, 500, 900])
     a, s = levels(t)
