@@ -41,7 +41,7 @@ Mended: rho(x) is computed once an image, not at every step; EMA weights are the
 split, not on the test set; a constant saliency map gives K places, not one K times; metrics over the whole set, not means of batches.
 Validation accuracy (standard error .011), NLL of toy seed 0: `plus`; picked: plus with --no-residual --select accuracy --no-mirror; its base: picked with
 --prior-dropout 0; that with one field of PLUS, below, taken away, or another idea, which was rejected (third column). Why prior dropout: tests/results.
-  plus                       .930  .210   --roi-weight uniform       .922  .298   --prior-source ema         .932  .262
+  plus                       .932  .205   --roi-weight uniform       .922  .298   --prior-source ema         .932  .262
   picked                     .938  .223   --no-deep-supervision      .930  .277   --label-smoothing 0.1      .930  .257
   its base                   .940  .227   --guide-schedule constant  .928  .279   --balanced                 .914  .288
   --target eps               .932  .263   --no-calibrate             .932  .297   --roi-size 8               .918  .295
