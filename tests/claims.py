@@ -430,14 +430,14 @@ CLAIMS = {                                                              # (it ..
                     ("is ahead of its guide alone", "", "dcg"), ("is ahead of itself without the MMD (C2)", "", "c2"), ("is without the MMD ahead of itself without a guide, too (C1)", "-c2", "c1"),
                     ("is without a guide ahead of a plain ResNet-18 (basic)", "-c1", "basic")))],
     "MedSymmFlow": [*((words, score, [f"symmflow-{data}" for data in REAL], [f"{other}-{data}{end}" for data in REAL])
-                      for words, other, end in ((RESNET, "resnet", ""), (PLUS, "symmflow", "-paper")) for score in ("AUROC", "AURC")),
+                      for words, other, end in ((RESNET, "resnet", ""), (FIVE, "resnets", ""), (PLUS, "symmflow", "-paper")) for score in ("AUROC", "AURC")),
                     ("is ahead with one-hot codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-map"], ["symmflow-retinamnist-rgb"]),
                     ("is ahead with grey codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-grey"], ["symmflow-retinamnist-rgb"])],
-    "The diffusion classifier": [(RESNET, "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+    "The diffusion classifier": [*((words, "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
                                  ("tells its errors from its right answers better than a ResNet-18", "AUROC of its errors", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
                                  (PLUS + ", whose network calls are four times as many", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
-    "Mediffusion": [(RESNET, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+    "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
                     *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
                         ("is ahead of its classifier without the diffusion", "alone", FEW, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", FEW, ""),
                         ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", FEW, ""), (PLUS, "joint", FEW[2::2], "-paper")))]}
@@ -550,6 +550,19 @@ def all_sides_table():
         cells = [f"{np.mean([r['test'][key] for r in of]):.3f}" if of else "" for of in found for key in keys.values()]
         costs = [" / ".join(f"{np.mean([r[key] for r in of]):.{digits}f}" for of in found if of) for key, digits in (("seconds", 0), ("ms_an_image", 1))]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells + costs)} |")
+    return "\n".join(lines)
+
+
+def verdicts_table():
+    """The README's: of each method, in the metric that it is for, the differences from what it must beat, on each of REAL in their order."""
+    found = json.loads((RESULTS / "differences.json").read_text())["claims"]
+    lines = ["| `plus` is ahead by | in | of a ResNet-18 | of five ResNets | of itself with recipe `paper` |", "|---|---|---|---|---|"]
+    of = lambda ones, score, other: " / ".join(interval(row) for row in found if row["score"] == score and row["one"] in ones and re.fullmatch(other, row["other"]))
+    rows = [(method, score, ones) for method, claims in CLAIMS.items() for words, score, ones, _ in claims if words == RESNET]
+    for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
+        cells = [of(ones, score, other) for other in ("resnet-.*", "resnets-.*", ".*-paper")]
+        if any(cells):
+            lines.append(f"| {method} | {score} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
