@@ -30,10 +30,10 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). An eliminated class cannot win.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted for the 128 pixels that the network sees of 256; halving the wavelets makes it that of 256. Theirs shifts for 256 and halves: that of 512.
-
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
 at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
 after few votes accuracy says little (--select). What each is worth: tests/results/README.md.
+Balanced accuracy on RetinaMNIST, three seeds of minutes: plus .324 (25 noise levels), paper .290 (101), ResNet-18 .350. The paper's data are not here.
 """
 # ============================================================================= 2 imports
 import dataclasses

@@ -46,6 +46,7 @@ Validation accuracy (standard error .011), NLL of toy seed 0: `plus`; picked: pl
   its base                   .940  .227   --guide-schedule constant  .928  .279   --balanced                 .914  .288
   --target eps               .932  .263   --no-calibrate             .932  .297   --roi-size 8               .918  .295
 target y0: y_0_hat = softmax(D(..) + log f), --no-residual: of D(..); eps_hat of it by eq. 2; cross-entropy in place of L_eps, the MMD still of eps_hat.
+Macro F1 on RetinaMNIST, three seeds of four minutes: plus .326, paper .222, ResNet-18 .332. (The paper has .816 on HAM10000, 1,000 epochs at 224 px.)
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -415,8 +416,7 @@ class Networks(nn.Module):
 
     def __init__(self, config, channels, classes):
         super().__init__()
-        self.classes, variant = classes, config.variant
-        diffusion = variant in ("full", "c2", "c1")
+        self.classes, variant, diffusion = classes, config.variant, config.variant in ("full", "c2", "c1")
         self.resnet = ResNet(18, channels, classes, config.width, config.stem) if config.baseline or variant == "basic" else None
         self.guide = DCG(config, channels, classes) if variant in ("full", "c2", "dcg") else None
         self.encoder = ImageEncoder(config, channels) if diffusion else None

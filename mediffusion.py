@@ -29,6 +29,7 @@ Read differently from the paper, and why
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
  8. Recipe plus trains as paper, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
     encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
+AUROC on toy chest films, a tenth of the labels, three seeds: plus .912, its classifier alone .914, ResNet-18 .895: the diffusion, the paper's claim, does not help here.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -316,8 +317,7 @@ def reverse(nets, config, z, start, n, eta, names, aim=None):
 @torch.no_grad()
 def draw(nets, config, labels, names, scale, device):
     """Images (B, channels, H, W) of labels (B,), led by guidance s = scale from noise that goes by their names."""
-    z = run.image_noise(config.seed, names, nets.shape, device)
-    aim = Aim(labels, torch.ones_like(labels, dtype=torch.bool), scale)
+    z, aim = run.image_noise(config.seed, names, nets.shape, device), Aim(labels, torch.ones_like(labels, dtype=torch.bool), scale)
     return nets.decoded(reverse(nets, config, z, config.timesteps, config.draw_steps, config.eta, names, aim)).clamp(-1, 1)
 
 

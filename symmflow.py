@@ -35,6 +35,7 @@ as in variational flow matching (Eijkelboom et al. 2024); to classify in one ste
 embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: the mean of noise a pixel over a thousand pixels
 is nothing, so that y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
 one draw will do, a second looks at the mirror image. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
+AUROC on RetinaMNIST, three seeds of four minutes: plus .732, paper .643, ResNet-18 .733. (The paper has .731, of 1,000 epochs.)
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -482,8 +483,7 @@ def calibrate(nets, split, config, device):
 def measure(nets, data, config, device, figures):
     """On validation: accuracy, calibration and time against steps and draws; both decisions, the paper's AUROC, and the area under the
     risk-coverage curve of each uncertainty; then what drawn images are worth."""
-    val, table = data.val, []
-    some = val.take(drawn.some_rows(val, config.generated or len(val), config.seed))
+    val, table, some = data.val, [], data.val.take(drawn.some_rows(data.val, config.generated or len(data.val), config.seed))
     for steps, samples in dict.fromkeys([*((n, 1) for n in (1, 2, 5, 10, 25)), (1, 4), (config.steps, config.samples)]):
         began = time.monotonic()
         m = metrics.summary(some.labels, collect(nets, some, dataclasses.replace(config, steps=steps, samples=samples), device)["p"])

@@ -1,4 +1,5 @@
 """README and records hold together; every command in it runs."""
+import importlib
 import json
 import re
 import shlex
@@ -55,6 +56,25 @@ def test_what_is_said_of_real_images_is_recorded(data):
         assert claims.reverse_table(cell) in page
     assert claims.by_votes_table("diffclassifier-retinamnist") in page and claims.stops_table("diffclassifier-retinamnist") in page
     assert not claims.records("joint-pneumoniamnist-0.1") or claims.shares_table() in page
+
+
+SAID = {"diffmic": ("f1_macro", "retinamnist"), "symmflow": ("auroc", "retinamnist"), "diffclassifier": ("balanced_accuracy", "retinamnist")}
+
+
+@pytest.mark.parametrize("method", SAID)
+def test_the_docstrings_last_lines_have_the_numbers_of_the_records(method):
+    key, data = SAID[method]
+    line = importlib.import_module(method).__doc__.strip().splitlines()[-1]
+    for pattern, cell in (r"plus (\.\d{3})", f"{method}-{data}"), (r"paper (\.\d{3})", f"{method}-{data}-paper"), (r"ResNet-18 (\.\d{3})", f"resnet-{data}"):
+        found = [r["test"][key] for r in claims.records(cell)]
+        assert len(found) == 3 and re.search(pattern, line)[1] == f"{np.mean(found):.3f}"[1:], pattern
+
+
+def test_mediffusions_docstring_has_the_numbers_of_the_records():
+    line = importlib.import_module("mediffusion").__doc__.strip().splitlines()[-1]
+    joint, alone = claims.records("mediffusion-toy"), claims.records("mediffusion-toy-no-diffusion")
+    found = [r["test"]["auroc"] for r in joint], [r["test"]["auroc"] for r in alone], [r["baselines"]["resnet"]["auroc"] for r in joint]
+    assert re.findall(r"\.\d{3}", line) == [f"{np.mean(v):.3f}"[1:] for v in found]
 
 
 def test_differences_are_those_of_the_records():
