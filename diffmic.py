@@ -274,7 +274,7 @@ def classify(nets, config, x, noise):
         of_draws = [torch.stack([c[s % len(views)] for s in range(S)], 1).flatten(0, 1) for c in zip(*conditions)]
         path = sample(nets.denoiser, config, of_draws, noise.flatten(0, 1), respaced_timesteps(config.timesteps, config.steps)).unflatten(0, (B, S))
         y0 = path[:, :, -1].mean(1)
-        logits = y0.clamp_min(1e-6).log() if config.target == "y0" else y0 / TEMPERATURE
+        logits = y0.clamp_min(1e-30).log() if config.target == "y0" else y0 / TEMPERATURE
         p = (logits / nets.temperature).softmax(1)
     else:
         p = torch.stack([g.fused() for g in guides] if config.variant == "dcg" else [nets.resnet(view).float().softmax(1) for view in views]).mean(0)
