@@ -57,7 +57,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def agree(a, b):
-    return torch.equal(a.boxes, b.boxes) and all(close(u, v) for u, v in zip(a, b))
+    return torch.equal(a.corners, b.corners) and all(close(u, v) for u, v in zip(a, b))
 
 
 def counted(nets):
