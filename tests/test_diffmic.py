@@ -1663,6 +1663,7 @@ def test_the_t_sne_of_given_pictures_has_seven_steps_from_noise_to_label(tmp_pat
 def test_the_t_sne_of_more_than_300_images_is_of_the_first_300(tmp_path, shown, monkeypatch):
     rows = []
     monkeypatch.setattr(diffmic, "plane", lambda x: rows.append(x) or x[:, :2])
+    monkeypatch.setattr(diffmic, "draw_explanation", lambda *args: np.zeros((8, 8, 3), np.uint8))
     assert explain("--checkpoint", saved(tmp_path / "run" / "best.pt", steps=3), "--tsne", "--limit", 330, "--eval-batch-size", 64, "--output", tmp_path / "out") == 0
     assert len(rows) == 3 and all(len(x) == 300 for x in rows) and len(shown["scatter"][0][2]) == 300
 
