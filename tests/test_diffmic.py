@@ -533,7 +533,7 @@ def test_with_the_label_as_target_the_probabilities_are_the_mean_draw_over_a_tem
     draws = torch.tensor([[[.7, .2, .1], [.5, .1, .4]], [[0., 0, 1], [0, 0, 1]]])
     monkeypatch.setattr(diffmic, "sample", lambda *args: draws.flatten(0, 1)[:, None])
     out = diffmic.classify(nets, config, images(2), torch.zeros(2, 2, 4, 3))
-    p = torch.tensor([[.6, .15, .25], [1e-6, 1e-6, 1]]) ** (1 / temperature)
+    p = torch.tensor([[.6, .15, .25], [1e-30, 1e-30, 1]]) ** (1 / temperature)
     assert torch.allclose(out.p, p / p.sum(1, keepdim=True), atol=1e-5)
 
 
