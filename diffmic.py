@@ -321,7 +321,7 @@ class DCG(nn.Module):
         saliency = self.to_saliency(self.global_net.features(x)).float()
         weight = saliency.detach().mean((2, 3)).softmax(1) if self.roi_weight == "probability" else None
         corners = find_rois(saliency.detach(), x.shape[2:], self.roi_size, self.rois, weight)
-        crops = crop(x, corners, self.roi_size)                           # (B, K, channels, s, s)
+        crops = crop(x, corners, self.roi_size)                         # (B, K, channels, s, s)
         h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
         score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
         attention = score.softmax(1)                                    # (B, K, 1)
