@@ -10,8 +10,8 @@ time the class with the least error has a vote. Classes share the noise, so that
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
     majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li);  elbo: least mean of -dl/dt E, twice the
-    bound of -log p(x | c), Bayes' rule for classes equally frequent;  learned: logits b_c - sum_j w_j D[j, c], D the mean of E[n, c] -      `rules`
-    mean_k E[n, k] over the n whose l is in the j-th of ten ranges; w, b, which takes in the classes' shares, fitted on validation   `fit`, common/votes.py
+    bound of -log p(x | c);  learned: logits - sum_j w_j D[j, c], D the mean of E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of      `rules`
+    ten ranges, w fitted on validation   `fit`, common/votes.py.  Bayes' rule, for classes equally frequent; learned: --prior training, as often as there
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), rows summed in float32, these in float64. `survivors` stops early.
 
@@ -128,6 +128,7 @@ class Config:
     judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all
     stratified: bool = False  # one noise level in each N-th of the times, in random order, instead of independent ones; likewise over a training batch
     rule: Literal["majority", "mean", "elbo", "learned"] = "majority"  # votes; least mean error; weighted as the likelihood bound, or as fitted on validation
+    prior: Literal["equal", "training"] = "equal"  # how frequent the learned rule takes the classes to be: equally, for balanced accuracy, or as in training
     stop: str = "none"  # none, exact (the leader cannot be caught), a probability such as 1e-3 (that the label still changes), ttest, stages 10:3,50:1: after 10 levels 3 classes, then one
     calibrate: bool = False  # fit the temperatures of the rules' probabilities on validation
     uncertainty: Literal["votes", "variance", "posterior", "entropy"] = "variance"  # what predictions are ranked by
@@ -139,7 +140,7 @@ class Config:
 SMALL = dict(size=64, epochs=10, batch_size=16, lr=4e-3, warmup=.1, ema=.99, width=8, channels=32, mult="1,1,2,2", attention="", head_channels=16, blocks=1,
              patch=2, dim=64, depth=6, votes=51, val_votes=9, judged=250, time_scale=20.)
 PLUS = dict(levels=4, scale_shift=True, precondition=True, loss_weight="band", rule="learned", stratified=True, calibrate=True, uncertainty="entropy", select="auroc")
-SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
+SAMPLING = ["device", "eval_batch_size", "amp", "votes", "stop", "rule", "prior", "uncertainty", "guidance", "draw_steps", "judged", "autoencoder",
             "skip_bad", "output"]   # what may change when a checkpoint is used
 BY_DATA = {"toy": dict(size=32, augment="hflip,vflip"), "chexpert": dict(fit="squash"), "isic2020": dict(fit="squash")}
 PANELS = [("Losses", "loss", ["diffusion", "resnet"]), ("Validation", "accuracy", ["val_accuracy", "val_resnet_accuracy"])]
@@ -231,7 +232,7 @@ def rules(nets, config, error, alive, t):
     lower = (-mean_errors(error)).argsort(1).argsort(1) / error.shape[2]                # by mean error, the least is highest; it breaks ties of votes + 1/2
     differences = bucket_differences(error, logsnr(config, t, side).numpy())
     scores = {"majority": np.log(count_votes(error) + .5 + .1 * lower), "mean": mean_scores(error, alive), "elbo": mean_scores(error, alive, slope),
-              "learned": nets.bias.cpu().numpy() - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}
+              "learned": (config.prior == "training") * np.log(nets.shares.cpu().numpy().clip(1e-9)) - np.einsum("j,mjk->mk", nets.weight.cpu().numpy(), differences)}
     for (rule, score), temperature in zip(scores.items(), nets.temperature.tolist()):
         best = np.where(alive, score, -np.inf).max(1, keepdims=True)
         p = np.exp((np.where(alive, score, np.minimum(score, best - 1e-6)) - best) / temperature)
@@ -310,8 +311,8 @@ class Networks(nn.Module):
             self.denoiser = UNet(C, C, config.channels, mult, config.blocks, attention, config.head_channels, classes + 1, late_class=config.late_class, scale_shift=config.scale_shift)
         else:
             self.denoiser = DiT(C, C, side, config.patch, config.dim, config.depth, max(1, config.dim // config.head_channels), classes + 1)
-        buffers = dict(spread=torch.ones(C, 1, 1), weight=torch.zeros(BUCKETS), bias=torch.zeros(classes),      # of what is seen; of the learned rule
-                       temperature=torch.ones(4), prior=torch.ones(classes),            # of each rule; of a class: its share over that in balanced training
+        buffers = dict(spread=torch.ones(C, 1, 1), weight=torch.zeros(BUCKETS), temperature=torch.ones(4),      # of what is seen; learned; of each rule
+                       shares=torch.ones(classes) / classes,                            # of the classes in training
                        latent_scale=torch.tensor(config.latent_scale or 1.), codec_id=torch.tensor(self.codec.id if self.codec else 0))
         for name, value in buffers.items():
             self.register_buffer(name, value)
@@ -358,6 +359,8 @@ def build(config, facts):
     settles = config.rule if config.stop == "none" else "mean" if config.stop == "ttest" or ":" in config.stop and config.rule != "majority" else "majority"
     if settles != config.rule:
         raise run.UserError(f"--stop {config.stop} --rule {config.rule}: stops where the label of the {settles} is settled; add --rule {settles}")
+    if config.prior != "equal" and config.rule != "learned":
+        raise run.UserError(f"--prior {config.prior} --rule {config.rule}: only the learned rule has probabilities that it could change; add --rule learned")
     try:
         nets = Networks(config, facts["channels"], len(facts["classes"]))
     except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as fault:
@@ -370,10 +373,7 @@ def build(config, facts):
 
 def initialise(nets, data, config):
     """Measures the spread of what is diffused on some training images; loads ImageNet weights and those of another run, where asked for."""
-    missing = [name for k, name in enumerate(data.classes) if k not in data.val.labels]
-    if config.rule == "learned" and missing:
-        raise run.UserError(f"--rule learned: is fitted on validation, which has no image of class {', '.join(missing)}; take --rule majority")
-    nets.prior.copy_(torch.from_numpy((np.bincount(data.train.labels, minlength=nets.classes) / len(data.train) * nets.classes) ** config.balanced))
+    nets.shares.copy_(torch.from_numpy(np.bincount(data.train.labels, minlength=nets.classes) / len(data.train)))
     if config.pretrained and nets.resnet is not None:
         run.load_pretrained(nets.resnet, config.pretrained)
     if nets.codec and not config.latent_scale or config.precondition:
@@ -457,10 +457,11 @@ def evaluate(nets, split, config, device, joint=None):
     predictions = {METHOD: found[config.rule]}
     if joint is None and config.stop == "none":                         # errors of a run that stops early are of use to its own rule alone
         predictions |= {f"rule {rule}": p for rule, p in found.items() if rule != config.rule}
-    if nets.resnet is not None:
+    if nets.resnet is not None:                                         # of balanced training: back to the classes' shares
+        shift = ((nets.classes * nets.shares) ** config.balanced).log()
         for batch in Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()):
             with run.autocast(config, device):
-                rows.append((nets.resnet(batch.x).float() + nets.prior.log()).softmax(1).cpu().numpy().astype(np.float64))
+                rows.append((nets.resnet(batch.x).float() + shift).softmax(1).cpu().numpy().astype(np.float64))
         predictions |= run.gather({"resnet": np.concatenate([np.empty((0, nets.classes)), *rows])})
     return predictions, uncertainties(error, predictions[METHOD])
 
@@ -482,8 +483,7 @@ def calibrate(nets, split, config, device):
     error, alive, t = judge(nets, whole, split, device)
     differences = bucket_differences(error, logsnr(config, torch.from_numpy(t).double(), nets.shape[-1]).numpy())
     nets.validation = error, alive, t, differences, (time.monotonic() - began) / len(split)
-    for buffer, value in zip((nets.weight, nets.bias, nets.temperature), (*fit(differences, split.labels), 1.)):
-        buffer[:] = value
+    nets.weight[:], nets.temperature[:] = fit(differences, split.labels), 1
     if config.calibrate:                                                # all but the learned rule, whose fit has made it calibrated
         for i, p in enumerate(list(rules(nets, whole, error, alive, t).values())[:3]):
             nets.temperature[i] /= metrics.sharpness(split.labels, p)
@@ -505,7 +505,7 @@ def measure(nets, data, config, device, figures):
     plots.line_chart(figures / "errors.png", {name: (np.arange(-9, 10, 2), differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
                      "Error of the true class against the mean of all, by noise", "log-SNR", "error of the true class - mean of all")
     return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
-            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(), "bias": nets.bias.tolist(),
+            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
             "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
 
 

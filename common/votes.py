@@ -41,22 +41,22 @@ def bucket_differences(error, l):
     return bucket.transpose(0, 2, 1) @ d / (bucket.transpose(0, 2, 1) @ asked).clip(1)
 
 
-def fit(features, labels, ridge=1e-2):
-    """Logistic regression by LBFGS, logits_k = b_k - sum_j w_j features_jk -> w (BUCKETS,), b (K,): how much a difference says at each noise, and
-    a bias against skewed votes."""
+def fit(features, labels, ridge=.1):
+    """Logistic regression by LBFGS, logits_k = - sum_j w_j features_jk -> w (BUCKETS,): how much a difference says at each noise. Each class weighs
+    the same, whatever its share of the labels: the softmax of the logits is for classes equally frequent."""
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
-    scale = x.square().mean((0, 2)).sqrt().clamp_min(1e-30)
-    w, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in x.shape[1:])
-    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+    scale, of_class = x.square().mean((0, 2)).sqrt().clamp_min(1e-30), 1 / torch.bincount(y, minlength=x.shape[2]).clamp_min(1).double()
+    w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        value = F.cross_entropy(b - torch.einsum("j,mjk->mk", w / scale, x), y) + ridge * (w.square().mean() + b.square().mean())
+        value = F.cross_entropy(-torch.einsum("j,mjk->mk", w / scale, x), y, of_class) + ridge * w.square().mean()
         value.backward()
         return value
     with torch.enable_grad():
         optimizer.step(closure)
-    return (w / scale).detach(), b.detach()
+    return (w / scale).detach()
 
 
 # ----------------------------------------------------------------------------- votes

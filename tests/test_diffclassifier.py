@@ -65,7 +65,7 @@ def some_errors(M=40, N=15, K=3, seed=0):
 
 def ruled(config, error, t, alive=None, nets=None):
     K = error.shape[2]
-    nets = nets or SimpleNamespace(shape=(1, 16, 16), bias=torch.zeros(K), weight=torch.zeros(votes.BUCKETS), temperature=torch.ones(4))
+    nets = nets or SimpleNamespace(shape=(1, 16, 16), shares=torch.ones(K) / K, weight=torch.zeros(votes.BUCKETS), temperature=torch.ones(4))
     return rules(nets, config, error, np.ones(error[:, 0].shape, bool) if alive is None else alive, t)
 
 
@@ -268,17 +268,21 @@ def test_bucket_differences_are_those_of_a_loop():
         assert found[m, j, k] == pytest.approx(np.mean(inside) if inside else 0)
 
 
-def test_the_learned_rule_finds_the_bucket_that_tells_and_the_bias():
+def test_the_learned_rule_finds_the_bucket_that_tells_and_leaves_the_shares_out():
     rng = np.random.default_rng(0)
     y = (rng.random(600) < .8).astype(int)
     x = rng.normal(size=(600, 10, 2))
     x[:, 4] += 1.5 * (1 - 2 * np.eye(2)[y])
-    w, b = votes.fit(x, y)
-    assert w.argmax() == 4 and w[4] > 5 * w[[0, 1, 2, 3, 5, 6, 7, 8, 9]].abs().max() and b[1] > b[0]
-    p = (b - torch.einsum("j,mjk->mk", w, torch.from_numpy(x))).softmax(1)
-    assert (p.argmax(1).numpy() == y).mean() > .95 and abs(p[:, 1].mean() - y.mean()) < .02               # calibrated in the mean
-    scaled, _ = votes.fit(1e4 * x, y)
-    assert torch.allclose(1e4 * scaled, w, atol=1e-4)
+    w = votes.fit(x, y)
+    assert w.argmax() == 4 and w[4] > 5 * w[[0, 1, 2, 3, 5, 6, 7, 8, 9]].abs().max()
+    score = -torch.einsum("j,mjk->mk", w, torch.from_numpy(x))
+    assert (score.argmax(1).numpy() == y).mean() > .9
+    p = (score + torch.tensor([.2, .8]).log()).softmax(1)                # Bayes' rule puts the shares back: calibrated in the mean
+    assert abs(p[:, 1].mean() - y.mean()) < .02 < abs(score.softmax(1)[:, 1].mean() - y.mean())
+    assert torch.allclose(1e4 * votes.fit(1e4 * x, y), w, atol=1e-4)
+    often = np.repeat(np.arange(600), np.where(y == 1, 3, 1))            # a class three times as often: nothing changes
+    assert torch.allclose(votes.fit(x[often], y[often]), w, rtol=.1, atol=.05)
+    assert torch.isfinite(votes.fit(np.concatenate([x, x[..., :1]], 2), y)).all()                         # a class that no image has
 
 
 # ---------------------------------------------------------------------------------------------- 4 common random numbers
@@ -610,7 +614,7 @@ def test_uncertainties_lie_in_their_ranges_and_are_what_they_are_called():
 
 def test_every_rule_has_a_temperature_of_its_own_which_keeps_its_labels():
     error, t = some_errors()
-    nets = SimpleNamespace(shape=(1, 16, 16), bias=torch.zeros(3), weight=torch.zeros(10), temperature=torch.tensor([1., 2., 1., 1.]))
+    nets = SimpleNamespace(shape=(1, 16, 16), shares=torch.ones(3) / 3, weight=torch.zeros(10), temperature=torch.tensor([1., 2., 1., 1.]))
     a, b = ruled(tiny(), error, t), ruled(tiny(), error, t, nets=nets)
     assert np.array_equal(a["majority"], b["majority"]) and labels(a) == labels(b)
     warm = np.sqrt(a["mean"])
@@ -621,7 +625,7 @@ def test_calibrate_fits_the_learned_rule_and_all_temperatures_but_its_own():
     config, split = tiny(votes=5, calibrate=True), pictures(12)
     nets = networks(config)
     diffclassifier.calibrate(nets, split, config, CPU)
-    assert nets.temperature[3] == 1 and (nets.temperature[:3] != 1).all() and nets.weight.any() and abs(nets.bias.sum()) < 1e-4
+    assert nets.temperature[3] == 1 and (nets.temperature[:3] != 1).all() and nets.weight.any()
     error, alive, t = diffclassifier.judge(nets, config, split, CPU)
     for rule, p in rules(nets, config, error, alive, t).items():         # no other exponent has a smaller loss
         assert rule == "learned" or metrics.sharpness(split.labels, p) == pytest.approx(1, abs=.02)
@@ -683,6 +687,7 @@ def test_a_stop_is_taken_with_a_rule_whose_label_it_settles(stop, rule):
 @pytest.mark.parametrize("given, n, said", [
     (dict(stop="exact", rule="mean"), 5, "add --rule majority"), (dict(stop="ttest"), 5, "add --rule mean"), (dict(stop="1e-3", rule="learned"), 5, "add --rule majority"),
     (dict(stop="10:3,50:1", rule="elbo"), 5, "add --rule mean"), (dict(stop="10:1", rule="learned"), 5, "add --rule mean"),
+    (dict(prior="training"), 5, "--prior training --rule majority: only the learned rule has probabilities"),
     (dict(votes=10), 2, "--votes 10: two classes could draw; take an odd number, such as 11"), (dict(pretrain_epochs=1), 5, "--no-baseline"),
     (dict(mult="1,x"), 5, "--mult 1,x --attention 2 --channels 8 --head-channels 8: no network can be made"),
     (dict(size=17), 5, "--size 17: must be a multiple of 2; take 16 or 18"),
@@ -697,12 +702,21 @@ def test_what_the_method_cannot_take_is_one_line(given, n, said):
     assert said in str(fault.value)
 
 
-def test_a_class_missing_in_validation_is_one_line_for_the_rule_that_is_fitted_there():
-    config, split = tiny(rule="learned"), pictures(6)
-    data = DataSet(split, split.take([0, 1, 3, 4]), split, list("abc"), False, 3)
-    with pytest.raises(run.UserError, match="--rule learned: is fitted on validation, which has no image of class c; take --rule majority"):
-        diffclassifier.initialise(networks(config), data, config)
-    diffclassifier.initialise(networks(config), data, dataclasses.replace(config, rule="majority"))
+def test_a_class_missing_in_validation_does_not_stop_the_rule_that_is_fitted_there():
+    config, split = tiny(rule="learned", votes=5), pictures(6)
+    data, nets = DataSet(split, split.take([0, 1, 3, 4]), split, list("abc"), False, 3), networks(config)
+    diffclassifier.initialise(nets, data, config)
+    diffclassifier.calibrate(nets, data.val, config, CPU)
+    assert torch.isfinite(nets.weight).all() and nets.weight.any()
+
+
+def test_prior_is_bayes_rule_on_the_learned_answers_and_on_them_alone():
+    error, t = some_errors()
+    nets = SimpleNamespace(shape=(1, 16, 16), shares=torch.tensor([.7, .3, 0.]), weight=torch.linspace(0, 2, 10), temperature=torch.ones(4))
+    equal, training = (ruled(tiny(rule="learned", prior=prior), error, t, nets=nets) for prior in ("equal", "training"))
+    expected = equal["learned"] * np.array([.7, .3, 0])
+    assert np.allclose(training["learned"], expected / expected.sum(1, keepdims=True), atol=1e-6)
+    assert all(np.array_equal(equal[rule], training[rule]) for rule in ("majority", "mean", "elbo"))
 
 
 # ---------------------------------------------------------------------------------------------- the paper's sizes
@@ -801,7 +815,7 @@ def test_a_run_writes_its_numbers_and_pictures(toy_run):
 def test_the_checkpoint_keeps_what_was_fitted(toy_run):
     config, nets, _, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
     specific = json.loads((toy_run / "metrics.json").read_text())["method_specific"]
-    assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.bias.tolist() == specific["bias"] and nets.weight.any()
+    assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.weight.any()
 
 
 @pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "mean"), ("none", "elbo")])
