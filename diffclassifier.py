@@ -505,7 +505,7 @@ def measure(nets, data, config, device, figures):
     plots.line_chart(figures / "errors.png", {name: (np.arange(-9, 10, 2), differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
                      "Error of the true class against the mean of all, by noise", "log-SNR", "error of the true class - mean of all")
     return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
-            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(),
+            "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(), "shares": nets.shares.tolist(),
             "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}
 
 

@@ -815,7 +815,7 @@ def test_a_run_writes_its_numbers_and_pictures(toy_run):
 def test_the_checkpoint_keeps_what_was_fitted(toy_run):
     config, nets, _, _ = run.load_model(toy_run / "best.pt", "diffclassifier", Config, diffclassifier.build, {})
     specific = json.loads((toy_run / "metrics.json").read_text())["method_specific"]
-    assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.weight.any()
+    assert config.rule == "learned" and nets.weight.tolist() == specific["bucket_weights"] and nets.weight.any() and nets.shares.tolist() == specific["shares"]
 
 
 @pytest.mark.parametrize("stop, rule", [("exact", "majority"), ("1e-3", "majority"), ("ttest", "mean"), ("2:3,4:1", "mean"), ("none", "elbo")])
