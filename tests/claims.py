@@ -231,14 +231,26 @@ def reverse_table(name):
 
 
 def levels(checkpoint, votes=501):
-    """Of the diffusion classifier on validation: accuracy of its rules by the number of noise levels up to that of the paper; what stops early, how early."""
+    """Of the diffusion classifier on validation: accuracy of its rules by the number of noise levels up to that of the paper; what stops early, how early;
+    the learned rule, which is fitted there, by how frequent the classes are taken to be."""
     diffclassifier = importlib.import_module("diffclassifier")
     config, nets, facts, device = running.load_model(checkpoint, "diffclassifier", diffclassifier.Config, diffclassifier.build, dict(votes=votes, stop="none"))
     data = load_for(config)
     diffclassifier.calibrate(nets, data.val, config, device)
     with tempfile.TemporaryDirectory() as figures:
         found = diffclassifier.measure(nets, data, config, device, Path(figures))
-    return {key: found[key] for key in ("validation_by_votes", "validation_by_stop")}
+    error, alive, t, *_ = nets.validation
+    learned = {prior: diffclassifier.rules(nets, replace(config, prior=prior), error, alive, t)["learned"] for prior in ("equal", "training")}
+    return {key: found[key] for key in ("validation_by_votes", "validation_by_stop")} | {"validation_by_prior": {k: metrics.summary(data.val.labels, p) for k, p in learned.items()}}
+
+
+def priors_table(name):
+    """The learned rule by the prior, as `levels` has it: mean over the seeds of a cell."""
+    lines, keys = ["| learned rule | accuracy | balanced | macro F1 | AUROC | NLL | ECE |", "|---|---|---|---|---|---|---|"], ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "nll", "ece")
+    found = [record["levels"]["validation_by_prior"] for record in records(name)]
+    for prior in found[0] if found else ():
+        lines.append(f"| `--prior {prior}` | " + " | ".join(f"{np.mean([f[prior][key] for f in found]):.3f}" for key in keys) + " |")
+    return "\n".join(lines)
 
 
 def evidence(checkpoint, n=100):
@@ -721,7 +733,7 @@ def main(argv=None):
     if args.table:
         print(*(regions_table("diffmic-toy"), ideas_table("diffmic"), few_table(), steps_table("symmflow-toy"), coverage_table("symmflow-toy"), drawn_table("symmflow-toy"),
                 ideas_table("symmflow"), votes_table(), by_votes_table(), stops_table(), labels_table(), shares_table(), choices_table(), all_sides_table(), papers_table(), *map(side_table, REAL), *map(differences_table, REAL), sentences(),
-                *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), by_votes_table("diffclassifier-retinamnist"), stops_table("diffclassifier-retinamnist")), sep="\n\n")
+                *map(reverse_table, ("diffmic-retinamnist", "diffmic-retinamnist-paper")), by_votes_table("diffclassifier-retinamnist"), stops_table("diffclassifier-retinamnist"), priors_table("diffclassifier-retinamnist")), sep="\n\n")
     for name in args.only or CELLS:
         if args.table:
             print(f"{name}\n{table(name)}\n")
