@@ -55,6 +55,7 @@ def test_what_is_said_of_real_images_is_recorded(data):
     for cell in ("diffmic-retinamnist", "diffmic-retinamnist-paper"):
         assert claims.reverse_table(cell) in page
     assert claims.by_votes_table("diffclassifier-retinamnist") in page and claims.stops_table("diffclassifier-retinamnist") in page
+    assert claims.priors_table("diffclassifier-retinamnist") in page
     assert not claims.records("joint-pneumoniamnist-0.1") or claims.shares_table() in page
 
 
