@@ -86,7 +86,7 @@ class Config:
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
-    augment: str = "hflip,rotate"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
+    augment: str = "hflip,rotate"  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often
     # --- model ---
     scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data

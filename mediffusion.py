@@ -27,8 +27,8 @@ Read differently from the paper, and why
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, which keeps all labels, selects, not the test split. Who has labels goes by patient. Of a counterfactual counts guided minus control.
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
- 8. Recipe plus trains as paper, answers for mirror images, too (--mirror), and fits a temperature; its guidance has unit length (--guide-unit), goes through the
-    encoder (--guide-through) on a short way (--edit-steps), holds other answers (--hold-labels), rests at the goal (--guide-goal), keeps little (--edit-keep).
+ 8. Recipe plus classifies strong views, too (--few-augment), answers for mirror images (--mirror), fits a temperature; its guidance has unit length (--guide-unit),
+    goes through the encoder (--guide-through), a short way (--edit-steps), holds other answers (--hold-labels), rests at --guide-goal, keeps little (--edit-keep).
 AUROC on toy chest films, a tenth of the labels, three seeds: plus .912, its classifier alone .914, ResNet-18 .895: the diffusion, the paper's claim, does not help here.
 """
 # ============================================================================= 2 imports
@@ -66,7 +66,7 @@ class Config:
     fit: Literal["crop", "squash"] = "crop"  # make images square by a centre crop, or by squashing
     limit: int = 0  # [0..] at most so many images a split, drawn by class; 0: all
     skip_bad: bool = False  # leave out images that cannot be read, instead of stopping
-    augment: str = "hflip"  # of training images: hflip, vflip, rotate (30 degrees), joined by commas
+    augment: str = "hflip"  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often, of the images with labels; probabilities are not corrected for it
     # --- model ---
     scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
@@ -94,7 +94,7 @@ class Config:
     # --- method ---
     labels: str = "1"  # share of the training images whose label is shown, over 0 and up to 1, or a file with an image name a line
     labelled_batch: int = 32  # [2..] images with labels that join each batch
-    turn: bool = False  # turn images with labels by up to 30 degrees for the classifier, and the plain ResNet; the diffusion's stay upright
+    few_augment: str = ""  # of images with labels, for the classifier and the plain ResNet, besides: rotate, strong; the diffusion's stay as they are
     mirror: bool = False  # answers are the mean over the image and its mirror images, those of --augment
     variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the classifier alone, at every step (the paper's Table 3, not its settings)
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
@@ -152,7 +152,7 @@ class Config:
 SMALL = dict(size=64, epochs=16, pretrain_epochs=8, batch_size=16, labelled_batch=16, lr=1e-3, warmup=.05, clip=1., ema=.995, width=8, decay="cosine",
              ae_width=16, ae_mult="1,2,4", ae_blocks=1, ae_lr=1e-3, gan_weight=0., channels=32, blocks=1, head_channels=16, hidden=128, head_lr=1e-3,
              cls_weight=.05, cls_start=0, cls_every=1)
-PLUS = dict(mirror=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
+PLUS = dict(few_augment="strong", mirror=True, calibrate=True, guide_through="encoder", guide_clean=True, guide_unit=True, guide_goal=.99, hold_labels=.005, guidance=.15,
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used

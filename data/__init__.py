@@ -82,7 +82,7 @@ def load_for(config, facts=None):
                 skip_bad=config.skip_bad, **known)
     if hasattr(config, "labels") and data.train is not None and not (facts and config.limit):          # a list names images that a limit leaves out
         known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
-        few = np.flatnonzero(known), config.labelled_batch, *["rotate"] * config.turn
+        few = np.flatnonzero(known), config.labelled_batch, *(name for name in config.few_augment.split(",") if name)
         data.train = dataclasses.replace(data.train, few=few, labels=data.train.labels.copy())
         data.train.labels[~known] = -1
         data.notes.append(f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it")

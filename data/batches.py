@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from .splits import rarest
 from .types import DataError
 
-AUGMENTATIONS = ("hflip", "vflip", "rotate")
+AUGMENTATIONS = ("hflip", "vflip", "rotate", "strong")
 
 
 class Batch(NamedTuple):
     x: torch.Tensor                             # float32 (B, C, H, W) in [-1, 1]
     y: torch.Tensor                             # int64 (B,), or float32 (B, K) for multi-label data
     index: np.ndarray                           # int64 (B,): rows of the split
-    variant: np.ndarray | None = None           # int64 (B,): 0 as it is, 1 left-right, 2 up-down, 3 both; -1 turned as well
+    variant: np.ndarray | None = None           # int64 (B,): 0 as it is, 1 left-right, 2 up-down, 3 both; -1 changed otherwise, too
     place: tuple = (0, 0, 1)                    # epoch, number in it, batches an epoch
     few: "Batch | None" = None                  # of a split with `few`: another batch, of images with a label
 
@@ -34,15 +34,16 @@ class Batches:
 
     train=True: every image once an epoch in an order drawn from (seed, epoch), in batches whose sizes differ by one at most
     (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
-    augment: names out of "hflip", "vflip" (half of the images each) and "rotate" (-30..30 degrees, bilinear, black outside).
+    augment: names out of "hflip", "vflip" (half of the images each), "rotate" (-30..30 degrees, bilinear, black outside) and "strong" (half of them).
     balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
     process out of several. A split with `few` = (rows, n, *names): to each batch belong n more of these rows, all of them in turn, augmented by
     these names as well; and of these draws speaks `balanced`.
     """
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):
-        if unknown := set(augment) - set(AUGMENTATIONS):
-            raise DataError(f"--augment {','.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}")
+        for option, names in ("augment", augment), ("few-augment", (split.few or ())[2:]):
+            if unknown := set(names) - set(AUGMENTATIONS):
+                raise DataError(f"--{option} {','.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}")
         self.split, self.device, self.train, self.augment = split, torch.device(device), train, augment if train else ()
         self.seed, self.rank, self.world, n = seed, rank, world, len(split)
         self.count = max(1, min(math.ceil(n / batch_size), n // 2)) if train else math.ceil(len(range(rank, n, world)) / batch_size)
@@ -92,7 +93,8 @@ class Batches:
                 yield self._finished(raw[0], self.indices[number], number, 2, self.augment)._replace(few=few)
 
     def _finished(self, raw, index, number, purpose, names):
-        flip, angle = draw_changes(names, len(raw), np.random.default_rng([self.seed, purpose, self.epoch, number, self.rank]))
+        rng = np.random.default_rng([self.seed, purpose, self.epoch, number, self.rank])
+        flip, angle = draw_changes(names, len(raw), rng)
         if names and self.device.type == "cpu":
             # a few images at a time from bytes to floats, all of it in the cache
             x, step = torch.empty(raw.shape), max(1, 1250000 // raw[0].numel())
@@ -100,7 +102,10 @@ class Batches:
                 x[part] = finish(raw[part], flip[part], angle[part])
         else:
             x = finish(raw, flip, angle)
-        return Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index, np.where(angle != 0, -1, (flip < 0) @ [1, 2]),
+        half = (rng.random(len(x)) < .5) & ("strong" in names)
+        if half.any():
+            x = torch.where(torch.from_numpy(half).to(x.device).view(-1, 1, 1, 1), strong(x, torch.Generator().manual_seed(int(rng.integers(2 ** 63)))), x)
+        return Batch(x, self.labels[torch.from_numpy(index)].to(self.device), index, np.where((angle != 0) | half, -1, (flip < 0) @ [1, 2]),
                      (self.epoch, number, self.count))
 
 
@@ -137,6 +142,22 @@ def augment(x, flip, angle):
     torch.add((a * u)[:, None], (b * v)[..., None], out=grid[..., 0])
     torch.add((c * u)[:, None], (d * v)[..., None], out=grid[..., 1])
     return F.grid_sample(x, grid, align_corners=False)                          # what lies outside becomes black
+
+
+def strong(x, generator):
+    """A view of images (B, C, H, W) in [-1, 1] as FixMatch's second (Sohn et al. 2020): turned to 30 degrees, sheared and moved to .2, contrast and
+    brightness changed by up to half, and a rectangle of up to half of either side made grey."""
+    B, device = len(x), x.device
+    draw = lambda low, high: (low + (high - low) * torch.rand(B, generator=generator)).to(device)
+    angle, shear, one = draw(-math.pi / 6, math.pi / 6), draw(-.2, .2), torch.ones(B, device=device)
+    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin(), draw(-.4, .4)], 1), torch.stack([angle.sin(), angle.cos(), draw(-.4, .4)], 1)], 1)
+    x = F.grid_sample(x + 1, F.affine_grid(turn, x.shape, align_corners=False), align_corners=False) - 1        # black outside
+    mean = x.mean((1, 2, 3), keepdim=True)
+    of = lambda value: value.view(B, 1, 1, 1)
+    x = ((x - mean) * of(draw(.5, 1.5) * one) + mean + of(draw(-.5, .5))).clamp(-1, 1)
+    place = lambda side: ((torch.arange(side, device=device) - draw(0, side)[:, None]).abs() < (draw(0, .25) * side)[:, None])
+    hole = place(x.shape[2])[:, None, :, None] & place(x.shape[3])[:, None, None, :]
+    return x.masked_fill(hole, 0.)
 
 
 def _resident(split, device):

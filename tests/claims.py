@@ -59,12 +59,12 @@ IDEAS = {                                                               # of a m
                  "pixel": dict(label_noise="pixel"), "raw": dict(precondition=False), "apart": dict(pooled=False), "balanced": dict(balanced=True), "label": dict(image_weight=.3)},
     "diffclassifier": {"level": dict(levels=1), "raw": dict(precondition=False), "unweighted": dict(loss_weight="none"), "added": dict(scale_shift=False), "independent": dict(stratified=False),
                        "late": dict(late_class=True), "balanced": dict(balanced=True)},
-    "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(turn=True), "mirror": dict(mirror=True)},
+    "mediffusion": {"unscaled": dict(latent_scale=1.), "consistent": dict(consistency=1.), "noised": dict(cls_noise=100), "times": dict(feature_times="0,50,100"), "turn": dict(few_augment="rotate"), "strong": dict(few_augment="strong"), "mirror": dict(mirror=True)},
 }
 DATA = dict(diffmic="toy", symmflow="toy", diffclassifier="toy", mediffusion="toy_xray")
 BASE = {"diffmic": FIRST | dict(prior_dropout=0.), "symmflow": PICKED | dict(samples=1, image_weight=.7),
         "diffclassifier": dict(epochs=3, votes=25, baseline=False),     # a third of the budget
-        "mediffusion": dict(mirror=False, pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
+        "mediffusion": dict(mirror=False, few_augment="", pretrain_epochs=4, epochs=4, baseline=False, explained=1)}
 SEEDS = dict(diffmic=(0, 1, 2), symmflow=(0, 1, 2), diffclassifier=(0,), mediffusion=(0,))
 CELLS |= {f"{method}-toy-base": (method, dict(data=DATA[method]) | BASE[method], seeds) for method, seeds in SEEDS.items()}
 CELLS["diffmic-toy-picked"] = ("diffmic", dict(data="toy") | FIRST, (0, 1, 2))
@@ -89,6 +89,8 @@ for data, given in REAL.items():
         CELLS |= {f"{method}-{data}": (method, settings, (0, 1, 2)), f"{method}-{data}-paper": (method, settings | dict(recipe="paper") | more_calls, (0, 1, 2))}
     for name, members in ("resnet", 1), ("resnets", 5):
         CELLS[f"{name}-{data}"] = ("resnet", given | dict(scale="small", members=members, epochs=PASSES[data]["resnet"] // members), (0, 1, 2))
+for data in REAL:                                                       # that sees the strong views which Mediffusion sees
+    CELLS[f"resnet-{data}-strong"] = ("resnet", CELLS[f"resnet-{data}"][1] | dict(augment=f"{REAL[data]['augment']},strong".strip(",")), (0, 1, 2))
 REAL_IDEAS = {                                                          # of a method: recipe plus on RetinaMNIST, another part or code
     "diffmic": {variant: dict(variant=variant) for variant in ("basic", "c2", "dcg")} | {"c1": dict(variant="c1", pretrain_epochs=0, epochs=40), "plain": dict(residual=False), "picked": FIRST, "last": dict(residual=False, select="last")},
     "symmflow": {"map": dict(label_loss="map"), "rgb": dict(label_loss="map", codes="rgb"), "grey": dict(label_loss="map", codes="grey"),
@@ -104,10 +106,13 @@ for data, share in [*(("pneumoniamnist", share) for share in SHARES), ("ham10000
     for name, (method, more) in FEW_LABELS.items():
         (first, second), given = PASSES[data]["mediffusion"], REAL[data] | dict(scale="small", labels=share) | more
         given |= dict(baseline=False, pretrain_epochs=first, epochs=second) if method == "mediffusion" else dict(steps=STEPS)
+        if method == "resnet":                                          # sees the strong views that Mediffusion's classifier sees
+            given["augment"] = f"{given['augment']},strong".strip(",")
         CELLS[f"{name}-{data}-{share}"] = (method, given, (0, 1, 2))
 for data in ("pneumoniamnist", "ham10000"):
     CELLS[f"joint-{data}-0.1-paper"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(recipe="paper"), (0, 1, 2))
-    CELLS[f"joint-{data}-0.1-turn"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(turn=True, mirror=False), (0, 1))
+    CELLS[f"joint-{data}-0.1-turn"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(few_augment="rotate", mirror=False), (0, 1))
+    CELLS[f"joint-{data}-0.1-weak"] = ("mediffusion", CELLS[f"joint-{data}-0.1"][1] | dict(few_augment=""), (0, 1, 2))
 CELLS["alone-pneumoniamnist"] = ("mediffusion", CELLS["mediffusion-pneumoniamnist"][1] | dict(variant="no_diffusion"), (0, 1, 2))
 KEYS = ("accuracy", "f1_macro", "auroc", "ece", "aurc")
 
@@ -451,7 +456,8 @@ CLAIMS = {                                                              # (it ..
                                  ("tells its errors from its right answers better than a ResNet-18", "AUROC of its errors", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
                                  (PLUS + ", whose network calls are four times as many", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
-    "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
+    "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}{end}" for data in REAL])
+                      for words, other, end in ((RESNET, "resnet", ""), (RESNET + ", which sees strong views, too,", "resnet", "-strong"), (FIVE, "resnets", ""))),
                     *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
                         ("is ahead of its classifier without the diffusion", "alone", FEW, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", FEW, ""),
                         ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", FEW, ""), (PLUS, "joint", FEW[2::2], "-paper")))]}
@@ -576,7 +582,7 @@ def verdicts_table():
     of = lambda ones, score, other: " / ".join(interval(row) for row in found if row["score"] == score and row["one"] in ones and re.fullmatch(other, row["other"]))
     rows = [(method, score, ones) for method, claims in CLAIMS.items() for words, score, ones, _ in claims if words == RESNET]
     for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
-        cells = [of(ones, score, other) for other in ("resnet-.*", "resnets-.*", ".*-paper")]
+        cells = [of(ones, score, other) for other in (r"resnet-\w+(-0\.\d+)?", "resnets-.*", ".*-paper")]
         if any(cells):
             lines.append(f"| {method} | {score} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from common import metrics
 from common import run as running
 from common.resnet import ResNet
 from data import Batches, labelled, load_for, mirrored, shortcut
+from data.batches import strong
 
 
 @dataclass
@@ -58,22 +59,6 @@ def sharpened(p, y, val):
     q = two(p) ** metrics.sharpness(y.ravel().astype(int), two(val))
     q /= q.sum(1, keepdims=True)
     return q[:, 1].reshape(p.shape) if y.ndim == 2 else q
-
-
-def strong(x, generator):
-    """FixMatch's second view of images (B, C, H, W) in [-1, 1]: turned to 30 degrees, sheared and moved to .2, contrast and brightness changed by up to
-    half, and a rectangle of up to half of either side made grey."""
-    B, device = len(x), x.device
-    draw = lambda low, high: (low + (high - low) * torch.rand(B, generator=generator)).to(device)
-    angle, shear, one = draw(-math.pi / 6, math.pi / 6), draw(-.2, .2), torch.ones(B, device=device)
-    turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin(), draw(-.4, .4)], 1), torch.stack([angle.sin(), angle.cos(), draw(-.4, .4)], 1)], 1)
-    x = F.grid_sample(x + 1, F.affine_grid(turn, x.shape, align_corners=False), align_corners=False) - 1        # black outside
-    mean = x.mean((1, 2, 3), keepdim=True)
-    of = lambda value: value.view(B, 1, 1, 1)
-    x = ((x - mean) * of(draw(.5, 1.5) * one) + mean + of(draw(-.5, .5))).clamp(-1, 1)
-    place = lambda side: ((torch.arange(side, device=device) - draw(0, side)[:, None]).abs() < (draw(0, .25) * side)[:, None])
-    hole = place(x.shape[2])[:, None, :, None] & place(x.shape[3])[:, None, None, :]
-    return x.masked_fill(hole, 0.)
 
 
 def fixmatch_loss(net, batch, control, generator):

@@ -899,6 +899,28 @@ def test_labelled_images_may_be_augmented_in_a_way_that_the_others_are_not(augme
         assert augment or torch.allclose(plain.few.x, torch.from_numpy(split.images[plain.few.index]).float() / 127.5 - 1, atol=1e-6)
 
 
+def test_the_strong_view_is_another_picture_in_the_same_range_and_repeatable():
+    x = torch.rand(16, 3, 32, 32) * 2 - 1
+    one, again = (batches.strong(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, again) and one.shape == x.shape and one.min() >= -1 and one.max() <= 1
+    assert ((one - x).abs().mean((1, 2, 3)) > .1).all() and len({tuple(image.flatten().tolist()) for image in one}) == 16
+    assert torch.equal(x, x.clamp(-1, 1))
+
+
+def test_half_of_the_images_become_strong_views_and_no_batch_depends_on_another():
+    split = partly(40, 10)
+    plain, strong = (list(Batches(split, 20, train=True, augment=augment)) for augment in (FLIPS, (*FLIPS, "strong")))
+    shown = np.concatenate([[torch.equal(a, b) for a, b in zip(p.x, s.x)] for p, s in zip(plain, strong)])
+    assert np.array_equal(shown, np.concatenate([s.variant for s in strong]) >= 0) and 10 <= shown.sum() <= 30
+    assert all(s.x.min() >= -1 and s.x.max() <= 1 and np.array_equal(p.index, s.index) for p, s in zip(plain, strong))
+    assert same(strong[1], next(iter(Batches(split, 20, train=True, augment=(*FLIPS, "strong"), start=1))))
+    few = [b.few for b in Batches(dataclasses.replace(split, few=(*split.few, "strong")), 20, train=True, augment=FLIPS)]
+    assert {v for f in few for v in f.variant} > {-1} and all(same(p._replace(few=None), s._replace(few=None)) for p, s in zip(plain, Batches(
+        dataclasses.replace(split, few=(*split.few, "strong")), 20, train=True, augment=FLIPS)))
+    with pytest.raises(DataError, match="--few-augment strongly: choose from hflip, vflip, rotate, strong"):
+        Batches(dataclasses.replace(split, few=(*split.few, "strongly")), 20, train=True)
+
+
 @pytest.mark.parametrize("augment, ways", [("", 1), ("rotate", 1), ("hflip", 2), ("vflip,rotate", 2), ("hflip,vflip", 4)])
 def test_mirror_images_are_those_that_training_may_have_shown(augment, ways):
     x = torch.rand(2, 3, 4, 5)
