@@ -156,7 +156,7 @@ PLUS = dict(few_augment="strong", mirror=True, calibrate=True, guide_through="en
             eta=1., remove_start=200, remove_scale=3., enforce_scale=3., edit_steps=25, edit_eta=0., edit_keep=.5)
 SAMPLING = ["device", "eval_batch_size", "amp", "guide", "guide_on", "guide_through", "guide_clean", "guide_unit", "guide_goal", "hold_labels", "hold_latent",
             "autoencoder", "uncertainty", "skip_bad", "output"]   # what may change when a checkpoint is used
-TOY = dict(size=32, labels="0.1", pretrain_epochs=5, epochs=10)
+TOY = dict(size=32, labels="0.1", pretrain_epochs=5, epochs=10, few_augment="")    # they all come out of one machine
 BY_DATA = {"toy_xray": TOY, "toy": TOY | dict(augment="hflip,vflip"), "chestxray14": dict(fit="squash"),
            "isic2019": dict(epochs=72, pretrain_epochs=1080, cls_start=0, head_lr=5e-5, cls_weight=1e-3)}
 PANELS = [("Losses", "loss", ["diffusion", "classifier", "resnet"]), ("Autoencoder", "error a pixel", ["l1", "perceptual"]),
