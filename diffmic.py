@@ -8,7 +8,7 @@ denoised step by step; the class is the largest entry of y_0, or of its mean ove
 
     p(y_T) = N((y_g + y_l) / 2, I)                                                             eq. 1   `sample`
     y_t = sqrt(ab_t) y_0 + sqrt(1 - ab_t) eps + (1 - sqrt(ab_t)) f,   f the priors' mean       eq. 2   `q_sample`
-    y_s = g0 y_0_hat + g1 y_t + g2 f + noise for s < t, CARD's posterior      (not in the paper)       `common/schedules.py`
+    y_s = g0 y_0_hat + g1 y_t + g2 f + noise for s < t  (CARD, Han et al. 2022; not in the paper)      `common/schedules.py`
     eps_hat = D(E(proj([y_t, y_g, y_l]), rho(x), t), t)                                        eq. 3   `Denoiser`
     L_eps = |eps - eps_hat|^2                                                                  eq. 4   `loss`
     L_MMD(n || m) = K(n, n') - 2 K(m, n) + K(m, m'),  n = eps, m = eps_hat from one prior      eq. 5   `common/mmd.py`

@@ -25,15 +25,15 @@ Read differently from the paper, and why (its text could not be had: "paper" is 
     paper's is 2 beta. Drawing starts at the clean colour, and so do encoded label maps (--latent rgb).
  3. Classifying takes one step, drawing an image 25. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (tests/results).
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
-    y_0, of --decision mode shares of pixels. d is the mean pixel's distance, which noise does not lift, for all codes but the palette.
+    y_0, of --decision mode shares of pixels. For all codes but the palette d is the mean pixel's distance: noise does not add to it.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
  5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
  6. Latents: the encoder's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once. --latent grid needs no decoder to classify.
 `--recipe plus`, which --scale small and so the toy set takes unless told otherwise; each a field of PLUS below, worth what tests/results say:
     p = softmax of what the U-Net's encoder says;  v_y = (y_t - sum_k p_k c_k) / t;  L_y = -log p_label          `outputs`, `velocity`, `loss`
 as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes; t times 1000 before its
-embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: the mean of noise a pixel over a thousand pixels
-is nothing, so that y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
+embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: noise of each pixel's own averages out over a
+thousand pixels, and y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
 one draw will do, a second looks at the mirror image. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
 AUROC on RetinaMNIST, three seeds of four minutes: plus .732, paper .643, ResNet-18 .733. (The paper has .731, of 1,000 epochs.)
 """

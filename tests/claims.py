@@ -452,7 +452,7 @@ SCORES = {"accuracy": lambda y, p: metrics.accuracy(y, p.argmax(1)), "balanced a
 NAMES = {"resnet": "ResNet-18", "resnets": "mean of five ResNets", "diffmic": "DiffMIC", "symmflow": "MedSymmFlow", "diffclassifier": "diffusion classifier", "mediffusion": "Mediffusion"}
 SHOWN = {"retinamnist": "RetinaMNIST", "pneumoniamnist": "PneumoniaMNIST", "ham10000": "HAM10000"}
 RESNET = "is ahead of a ResNet-18 given the same images and minutes"
-FIVE = "is ahead of five ResNets that share the same minutes"
+FIVE = "is ahead of five ResNets that share one's passes"
 PLUS = "is ahead with recipe plus of itself with recipe paper"
 FEW = [*(f"pneumoniamnist-{share}" for share in SHARES), "ham10000-0.1"]
 CLAIMS = {                                                              # (it .., in what, its cells, those it is set against)
@@ -549,9 +549,9 @@ def sentences(methods=CLAIMS, only=None):
         for words, score, *_ in CLAIMS[method]:
             rows = [row for row in found if (row["method"], row["claim"], row["score"]) == (method, words, score)]
             if rows and (only is None or words in only):
-                each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}" for row in rows]
-                seeds = sorted({len(row["by_seed"]) for row in rows})
-                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}{'' if seeds == [3] else f' (seeds: {seeds})'}.")
+                seeds = lambda row: "" if len(row["by_seed"]) == 3 else f" (seeds: {len(row['by_seed'])})"
+                each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}{seeds(row)}" for row in rows]
+                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}.")
     return "\n".join(lines)
 
 
@@ -597,7 +597,7 @@ def verdicts_table():
     for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
         cells = [of(ones, score, other) for other in (r"resnet-\w+(-0\.\d+)?", "resnets-.*", ".*-paper")]
         if any(cells):
-            lines.append(f"| {method} | {score} | {' | '.join(cells)} |")
+            lines.append(f"| {method} | {score} | {' | '.join(cell or 'not claimed' for cell in cells)} |")
     return "\n".join(lines)
 
 

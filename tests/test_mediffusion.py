@@ -1595,3 +1595,11 @@ def test_in_the_record_of_a_judge_of_other_patients_each_row_does_what_it_says_i
     for what, row in record["arms"]["plus"]["rows"].items():
         change = row["judge"]["diff"] * (1 if what.startswith("enforce") else -1)
         assert row["images"] >= 48 and change >= .2 and row["judge"]["other_abs"] < change / 2 and row["in_box"] > .5 > row["in_random_box"], what
+
+
+def test_strong_views_are_of_images_with_labels_alone_and_in_plus_but_for_toy_films():
+    given = [mediffusion.configure(data=data, scale="small", recipe=recipe).few_augment for data in ("pneumoniamnist", "toy_xray") for recipe in ("plus", "paper")]
+    assert given == ["strong", "", "", ""]
+    data = load_for(mediffusion.configure(data="toy", limit=80, labels="0.5", few_augment="strong"))
+    batches = list(Batches(data.train, 16, train=True, augment=("hflip",)))
+    assert all((b.variant >= 0).all() for b in batches) and {-1, 0, 1} == {v for b in batches for v in b.few.variant.tolist()}
