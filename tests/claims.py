@@ -612,10 +612,11 @@ def by_share():
 
 
 def shares_table():
-    """Mean AUROC on test by the share of the labels that was shown: mean and sd over seeds."""
+    """AUROC on test by the share of the labels that was shown, where there are records: mean and sd over seeds."""
     lines = ["| labels shown | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
     for share, *row in zip((*SHARES, "1"), *by_share().values()):
-        lines.append(f"| {float(share):.0%} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "" for v in row) + " |")
+        cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else f"{v[0]:.3f} (one seed)" if v else "" for v in row]
+        lines += [f"| {float(share):.0%} | {' | '.join(cells)} |"] * any(cells)
     return "\n".join(lines)
 
 
