@@ -701,7 +701,7 @@ def test_the_sheet_of_a_multilabel_set_has_a_row_without_a_finding(tmp_path):
 # ------------------------------------------------------------------------------------------------ as a method asks
 class Settings:
     """What `load_for` and `read_split` read of a method's settings."""
-    data, root, size, seed, split, fit, limit, skip_bad, turn = "folder", "", 8, 0, "official", "crop", 0, False, False
+    data, root, size, seed, split, fit, limit, skip_bad, few_augment = "folder", "", 8, 0, "official", "crop", 0, False, ""
 
     def __init__(self, **given):
         vars(self).update(given)
