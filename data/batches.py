@@ -34,7 +34,7 @@ class Batches:
 
     train=True: every image once an epoch in an order drawn from (seed, epoch), in batches whose sizes differ by one at most
     (no image is dropped, none left alone for a batch norm to fail on); augmented. train=False: in order, as they are.
-    augment: names out of "hflip", "vflip" (half of the images each), "rotate" (-30..30 degrees, bilinear, black outside) and "strong" (half of them).
+    augment: names out of "hflip", "vflip" (half of the images each), "rotate" (-30..30 degrees, bilinear, black outside) and "strong" (half: `strong`).
     balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
     process out of several. A split with `few` = (rows, n, *names): to each batch belong n more of these rows, all of them in turn, augmented by
     these names as well; and of these draws speaks `balanced`.
@@ -149,12 +149,12 @@ def strong(x, generator):
     brightness changed by up to half, and a rectangle of up to half of either side made grey."""
     B, device = len(x), x.device
     draw = lambda low, high: (low + (high - low) * torch.rand(B, generator=generator)).to(device)
-    angle, shear, one = draw(-math.pi / 6, math.pi / 6), draw(-.2, .2), torch.ones(B, device=device)
+    angle, shear = draw(-math.pi / 6, math.pi / 6), draw(-.2, .2)
     turn = torch.stack([torch.stack([angle.cos(), shear - angle.sin(), draw(-.4, .4)], 1), torch.stack([angle.sin(), angle.cos(), draw(-.4, .4)], 1)], 1)
     x = F.grid_sample(x + 1, F.affine_grid(turn, x.shape, align_corners=False), align_corners=False) - 1        # black outside
     mean = x.mean((1, 2, 3), keepdim=True)
     of = lambda value: value.view(B, 1, 1, 1)
-    x = ((x - mean) * of(draw(.5, 1.5) * one) + mean + of(draw(-.5, .5))).clamp(-1, 1)
+    x = ((x - mean) * of(draw(.5, 1.5)) + mean + of(draw(-.5, .5))).clamp(-1, 1)
     place = lambda side: ((torch.arange(side, device=device) - draw(0, side)[:, None]).abs() < (draw(0, .25) * side)[:, None])
     hole = place(x.shape[2])[:, None, :, None] & place(x.shape[3])[:, None, None, :]
     return x.masked_fill(hole, 0.)
