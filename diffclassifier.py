@@ -66,7 +66,7 @@ METHOD = "diffclassifier"
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the authors' code's. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the authors' code's, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, chexpert, isic2020, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
@@ -397,7 +397,7 @@ def learning_rate(config, group, epoch):
     """A cosine from the peak to 0, times a linear warm-up."""
     begin = config.pretrain_epochs if group["name"] == "diffusion" else 0
     done = max(0., epoch - begin) / (config.pretrain_epochs + config.epochs - begin)
-    return group["peak"] * min(1., done / max(config.warmup, 1e-9)) * (1 + math.cos(math.pi * done)) / 2
+    return group["peak"] * (min(1., done / config.warmup) if config.warmup else 1.) * (1 + math.cos(math.pi * done)) / 2
 
 
 # ============================================================================= 6 evaluation
@@ -490,7 +490,7 @@ def calibrate(nets, split, config, device):
 
 
 def measure(nets, data, config, device, figures):
-    """On validation, of the errors that `calibrate` found: accuracy of each rule by number of levels; what share of the network's calls each way to
+    """On validation, of the errors that `calibrate` found (rule learned: that it was fitted to): accuracy of each rule by number of levels; what share of the network's calls each way to
     stop needs, and how often it gives the label of the whole run; pictures of the rules, and of the errors by log-SNR."""
     (error, alive, t, differences, seconds), labels, table, stops = nets.validation, data.val.labels, [], {}
     for n in [n for n in (1, 3, 5, 11, 25, 51, 101, 251) if n < config.votes] + [config.votes]:
@@ -519,7 +519,7 @@ def train(config, resume=None):
     out = run.choose_folder(config, METHOD, resume)
     with run.first_process_first():
         data = load_for(config)
-    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    facts = run.facts_of(data, config)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
     if resume is None:
@@ -531,7 +531,7 @@ def train(config, resume=None):
         for net in nets.children():
             net.compile()
     run.make_folder(out, config)
-    run.describe(config, data, METHOD, nets, device)
+    run.describe(out, config, data, METHOD, nets, device)
     total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
     finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
 
@@ -560,7 +560,7 @@ def train(config, resume=None):
                     norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
                     finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
                     state.optimizer.step()
-                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    # the average begins anew with the second stage: it would otherwise hold on to initial weights
                     run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
                     state.step += 1
                     ready = time.monotonic()

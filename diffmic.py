@@ -206,7 +206,7 @@ def loss(nets, config, x, y0, y_g, y_l):
             losses[name] = mmd_rbf(n, run.all_rows(branch(y, y, y)[0]), bandwidth=y0.shape[1])
     losses["diffusion"] = losses[config.target] + config.mmd_weight * (losses.get("mmd_g", 0) + losses.get("mmd_l", 0))     # eq. 6
     tenth = F.one_hot(t * 10 // config.timesteps, 10).float()
-    losses["eps_by_t"] = torch.stack([tenth.T @ error.detach().mean(1), tenth.sum(0)])
+    losses["eps_by_t"] = torch.stack([(tenth * error.detach().mean(1, keepdim=True)).sum(0), tenth.sum(0)])
     return losses
 
 
@@ -221,7 +221,7 @@ def train_step(nets, ema, config, batch, joint):
     x, y, C, losses = batch.x, batch.y, nets.classes, {}
     if nets.resnet is not None:                                         # the control: shares images, not weights
         losses["resnet"] = F.cross_entropy(nets.resnet(x), y)
-    y_g, y_l = torch.zeros(2, len(x), C, device=x.device)               # c1 has no guide: with priors of 0 eq. 2 is plain DDPM
+    y_g, y_l = torch.zeros(2, len(x), C, device=x.device)               # c1 has no guide: with priors of 0 eq. 2 is plain DDPM (--prior-mean geometric: 1 / C)
     if nets.guide is not None:
         guide = nets.guide(x)
         losses |= {"guide": guide_loss(config, guide, y), "guide_accuracy": (guide.fused().argmax(1) == y).float().mean()}
@@ -526,7 +526,7 @@ def train(config, resume=None):
     out = run.choose_folder(config, METHOD, resume)
     with run.first_process_first():
         data = load_for(config)
-    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    facts = run.facts_of(data, config)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
     if resume is None:
@@ -538,7 +538,7 @@ def train(config, resume=None):
         for net in nets.children():
             net.compile()
     run.make_folder(out, config)
-    run.describe(config, data, METHOD, nets, device)
+    run.describe(out, config, data, METHOD, nets, device)
     total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
     finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
 
@@ -567,7 +567,7 @@ def train(config, resume=None):
                     norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
                     finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
                     state.optimizer.step()
-                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    # the average begins anew with the second stage: it would otherwise hold on to initial weights
                     run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
                     state.step += 1
                     ready = time.monotonic()
@@ -601,7 +601,7 @@ def explain_command(checkpoint, paths=(), limit=0, tsne=False, output="", **give
     if limit < 0 or tsne and len(split) < 4:
         raise run.UserError(f"--limit {limit}: 0 or more" if limit < 0 else f"--tsne: {len(split)} images are too few, 4 are needed")
     split = split.take(np.arange(len(split))[:max(limit, 300 * tsne)])
-    seeds = [Path(name).stem for name in split.ids] if paths else split.ids             # as `predict` and `eval`
+    seeds = run.names_of(split.ids, config) if paths else split.ids     # as `predict` and `eval`
     out, classes, tiles, predicted, hidden = run.result_folder(output, checkpoint, "explain", config), facts["classes"], [], [], []
     truth = [f" (true: {classes[k]})" if k >= 0 else "" for k in split.labels]
     steps = sorted({round(i) for i in np.linspace(0, config.steps - 1, 7)})

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.autoencoder import AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, gan_losses, gan_weight, reconstruction_loss, sample
+from common.autoencoder import AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, gan_losses, gan_weight, once, reconstruction_loss, sample
 from common.resnet import ResNet
 from common.unet import UNet
 from data import Batches, DataError, load_for, mirrored, read_split, shortcut
@@ -95,7 +95,7 @@ class Config:
     labels: str = "1"  # share of the training images whose label is shown, over 0 and up to 1, or a file with an image name a line
     labelled_batch: int = 32  # [2..] images with labels that join each batch
     few_augment: str = ""  # of images with labels, for the classifier and the plain ResNet, besides: rotate, strong; the diffusion's stay as they are
-    mirror: bool = False  # answers are the mean over the image and its mirror images, those of --augment
+    mirror: bool = False  # answers are the mean (of logits) over the image and its mirror images, those of --augment
     variant: Literal["joint", "no_diffusion"] = "joint"  # no_diffusion: the classifier alone, at every step (the paper's Table 3, not its settings)
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
     autoencoder: str = ""  # file of one to use instead of training one: latent-diffusion's keys or diffusers' (sd-vae-ft-mse), or a run's autoencoder.pt
@@ -165,7 +165,6 @@ PANELS = [("Losses", "loss", ["diffusion", "classifier", "resnet"]), ("Autoencod
 
 def configure(**given):
     """The Config of a scale, recipe and data set; what is `given` wins. `train(configure(data="toy", seed=1))`."""
-    given = {"data": Config.data} | given
     return run.configure(Config, (dict(pretrain_epochs=0) if given.get("autoencoder") else {}) | given, SMALL, PLUS, BY_DATA)
 
 
@@ -204,8 +203,9 @@ def class_loss(logits, y):
 
 def autoencoder_loss(nets, config, x, step):
     """Stage 1: error, KL and, from `gan_start`, the discriminator's verdict, each as in common/autoencoder.py."""
-    mean, logvar = nets.autoencoder.encode(nets.as_seen(x))
-    x, x_hat = nets.as_seen(x), nets.autoencoder.decode(sample(mean, logvar, torch.randn_like(mean))).float()
+    x = nets.as_seen(x)
+    mean, logvar = nets.autoencoder.encode(x)
+    x_hat = nets.autoencoder.decode(sample(mean, logvar, torch.randn_like(mean))).float()
     nll, kl, losses = reconstruction_loss(x, x_hat, mean, logvar, nets.perceptual, config.kl_weight)
     losses["loss"] = nll + kl
     if config.gan_weight and gan_weight(step, config.gan_start):
@@ -399,11 +399,7 @@ class Networks(nn.Module):
             mean, logvar = (part.float() for part in self.autoencoder.encode(self.as_seen(x)))
         else:
             keys = (batch.index * 4 + batch.variant).tolist()
-            if new := [i for i, key in enumerate(keys) if key not in self.known]:
-                rows = (new * 16)[:-(-len(new) // 16) * 16]             # sixteen at a time, the last filled up: so a resumed run rounds alike
-                found = torch.cat([torch.stack(self.autoencoder.encode(self.as_seen(x[rows[i:i + 16]])), 1) for i in range(0, len(rows), 16)]).half().cpu()
-                self.known |= {keys[i]: part for i, part in zip(new, found)}
-            mean, logvar = torch.stack([self.known[key].float() for key in keys]).to(x.device).unbind(1)
+            mean, logvar = once(lambda x: torch.stack(self.autoencoder.encode(self.as_seen(x)), 1), x, keys, self.known).unbind(1)
         return (sample(mean, logvar, torch.randn_like(mean)) if noise else mean) * self.latent_scale
 
     def decoded(self, z):
@@ -517,9 +513,10 @@ def evaluate(nets, split, config, device, joint=True):
 
 def models(nets, config):
     """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first, whose temperature is undone for the other."""
-    of = {METHOD: lambda x, names: nets.answers(nets.head(features(nets, config, nets.latents(x), names)))}
-    of |= {"resnet": lambda x, names: nets.answers(nets.temperature * nets.resnet(x).float())} if nets.resnet is not None else {}
-    return {name: lambda x, names, f=f: torch.stack([f(view, names) for view in mirrored(x, config.augment * config.mirror)]).mean(0) for name, f in of.items()}
+    of = {METHOD: lambda x, names: nets.head(features(nets, config, nets.latents(x), names)).float()}
+    of |= {"resnet": lambda x, names: nets.temperature * nets.resnet(x).float()} if nets.resnet is not None else {}
+    views = lambda x: mirrored(x, config.augment * config.mirror)       # logits are averaged, not probabilities: so one temperature fits the mean
+    return {name: lambda x, names, f=f: nets.answers(torch.stack([f(view, names) for view in views(x)]).mean(0)) for name, f in of.items()}
 
 
 def uncertainties(p, multilabel):
@@ -631,7 +628,7 @@ def train(config, resume=None):
     out = run.choose_folder(config, METHOD, resume)
     with run.first_process_first():
         data = load_for(config)
-    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    facts = run.facts_of(data, config)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
     if resume is None:
@@ -643,7 +640,7 @@ def train(config, resume=None):
         for net in nets.children():
             net.compile()
     run.make_folder(out, config)
-    run.describe(config, data, METHOD, nets, device)
+    run.describe(out, config, data, METHOD, nets, device)
     total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
     finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
 
@@ -672,7 +669,7 @@ def train(config, resume=None):
                     norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
                     finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
                     state.optimizer.step()
-                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    # the average begins anew with the second stage: it would otherwise hold on to initial weights
                     run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
                     state.step += 1
                     ready = time.monotonic()

@@ -63,7 +63,7 @@ METHOD = "symmflow"
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the paper's, the authors' code's where it is silent. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the paper's, the authors' code's where it is silent, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
@@ -441,7 +441,7 @@ def learning_rate(config, group, epoch):
 # ============================================================================= 6 evaluation
 @torch.no_grad()
 def classified(nets, split, config, device):
-    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image depends on (seed, id) alone."""
+    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image goes by (seed, id) and --samples."""
     n_y, *size = nets.shapes(config.size)[1]
     shape = config.samples, n_y, *(size if config.label_noise == "pixel" else (1, 1))
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
@@ -521,7 +521,7 @@ def train(config, resume=None):
     out = run.choose_folder(config, METHOD, resume)
     with run.first_process_first():
         data = load_for(config)
-    facts = dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel)
+    facts = run.facts_of(data, config)
     torch.manual_seed(config.seed)
     nets = run.place(build(config, facts), device)
     if resume is None:
@@ -533,7 +533,7 @@ def train(config, resume=None):
         for net in nets.children():
             net.compile()
     run.make_folder(out, config)
-    run.describe(config, data, METHOD, nets, device)
+    run.describe(out, config, data, METHOD, nets, device)
     total, steps = config.pretrain_epochs + config.epochs, len(Batches(data.train, config.batch_size, train=True))
     finite = run.FiniteCheck(every=1 if device.type == "cpu" else 16)
 
@@ -562,7 +562,7 @@ def train(config, resume=None):
                     norm = sum(nn.utils.clip_grad_norm_(g["params"], g["clip"] or torch.inf) for g in state.optimizer.param_groups)
                     finite(losses["loss"], norm, state.step, [data.train.ids[i] for i in batch.index])
                     state.optimizer.step()
-                    # the average begins anew with the diffusion: it would otherwise hold on to initial weights
+                    # the average begins anew with the second stage: it would otherwise hold on to initial weights
                     run.update_ema(state.ema, nets, config.ema, state.step - joint * config.pretrain_epochs * steps)
                     state.step += 1
                     ready = time.monotonic()

@@ -186,6 +186,16 @@ def autoencoder_from(weights):
     return net.eval().requires_grad_(False)
 
 
+def once(encode, x, keys, known):
+    """encode(x) of images x (B, ...), float32: of those whose key, one an image, `known` lacks, and kept there in half precision. Sixteen at a time, the
+    last filled up: so a run that is resumed, and misses others, rounds alike."""
+    if new := [i for i, key in enumerate(keys) if key not in known]:
+        rows = (new * 16)[:-(-len(new) // 16) * 16]
+        found = torch.cat([encode(x[rows[i:i + 16]]) for i in range(0, len(rows), 16)]).half().cpu()
+        known |= {keys[i]: z for i, z in zip(new, found)}
+    return torch.stack([known[key].float() for key in keys]).to(x.device)               # bf16 autocast of a CPU cannot stack halves
+
+
 class Codec:
     """A frozen autoencoder from a file, for what flows or is noised in its latents. It is no part of a network's weights: a checkpoint
     knows it by `id`, a copy of a network shares it. Raises run.UserError where the file is no autoencoder's."""
@@ -212,9 +222,7 @@ class Codec:
         Those with a key, one an image, are computed once and kept in half precision."""
         if len(keys) == 0:
             return self.net.to(x.device).encode(x.expand(-1, self.channels, -1, -1))[0].float()
-        if new := [i for i, key in enumerate(keys) if key not in self.known]:
-            self.known |= {keys[i]: z for i, z in zip(new, self.encode(x[new]).half().cpu())}
-        return torch.stack([self.known[key].float() for key in keys]).to(x.device)       # bf16 autocast of a CPU cannot stack halves
+        return once(self.encode, x, keys, self.known)
 
     @torch.no_grad()
     def decode(self, z, channels=0):

@@ -143,7 +143,12 @@ def nll(y, p):
 
 
 def sharpness(y, p):
-    """The exponent b in 0.05..20 that gives p^b (normalised; p (N,K), y (N,)) the least NLL on this split (Guo et al. 2017: b = 1/T)."""
+    """The exponent b in 0.05..20 that gives p^b (normalised; p (N,K), y (N,)) the least NLL on this split (Guo et al. 2017: b = 1/T).
+
+    1 where every answer is right: the likelihood would then have b without end, and a few easy images would make an answer sure of anything.
+    """
+    if (np.argmax(p, 1) == y).all():
+        return 1.
     log_p, low, high = np.log(np.clip(p, 1e-30, None)), np.log(.05), np.log(20.)
 
     def loss(log_b):
@@ -220,7 +225,8 @@ def coverage_accuracy(correct, uncertainty, coverages=None):
 
 # --------------------------------------------------------------------------- intervals, features, summary
 def bootstrap_ci(metric, *arrays, n=1000, level=0.95, seed=0, groups=None):
-    """(low, high) percentile interval of metric(*arrays) over n resamples of rows; those where it is nan are left out.
+    """(low, high) percentile interval of metric(*arrays) over n resamples of rows; those where it is nan are left out. nan, nan where all say the
+    same: of one patient, or of answers that are all right, the resamples know no more than the mean.
 
     groups (N,): whole groups (patients, lesions) are drawn, since the images of one patient are not independent.
     """
@@ -234,6 +240,8 @@ def bootstrap_ci(metric, *arrays, n=1000, level=0.95, seed=0, groups=None):
         rows = np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
         values.append(metric(*(a[rows] for a in arrays)))
     values = [v for v in values if not np.isnan(v)] or [np.nan]
+    if min(values) == max(values):
+        return float("nan"), float("nan")
     return tuple(float(q) for q in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
 
 

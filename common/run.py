@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -218,25 +219,21 @@ def evaluate_command(method, checkpoint, output="", **given):
     out = result_folder(output, checkpoint, "eval", config)
     write_evaluation(out, data.test, facts["classes"], predictions, uncertainty[config.uncertainty])
     write(out / "metrics.json", as_json(result, indent=1))
-    print(*data.notes, *copied(checkpoint, data.test.ids), f"{len(data.test)} images", table(method.METHOD, result), f"pictures and numbers: {out}", sep="\n")
+    print(*data.notes, *seen_before(facts, data.test.ids), f"{len(data.test)} images", table(method.METHOD, result), f"pictures and numbers: {out}", sep="\n")
 
 
-def copied(checkpoint, ids):
-    """[a warning] where images hold all that a run was tested on, and more, which it may have learned from: its data under another name."""
-    predictions = Path(checkpoint).parent / "predictions.csv"
-    if not predictions.exists():
-        return []
-    with open(predictions, newline="", encoding="utf-8", errors="replace") as file:
-        tested = {row[0] for row in csv.reader(file) if row} - {"id"}
-    return [f"WARNING: among these are all {len(tested)} images that the run was tested on. If this is a copy of its data, it has learned from the others, and the "
-            "numbers below are too good: give --root as in training"] if tested < set(ids) else []
+def seen_before(facts, ids):
+    """[a warning] where a run has learned from images of these names, or was selected by them."""
+    n = sum(map(set(facts.get("seen", torch.empty(0)).tolist()).__contains__, (seed_of("image", name) for name in ids)))
+    return [f"WARNING: {n:,} of these {len(ids):,} images have the names of images that the run learned from or was selected by. If they are the same, the numbers "
+            "below are too good: give --root and --split as in training, or images that it has not seen"] * (n > 0)
 
 
 def predict_command(method, checkpoint, paths, output="", **given):
     """`predict`: class (multi-label: findings), probability and uncertainty of image files and folders; predictions.csv, and a panel an image."""
     config, nets, facts, device = load_model(checkpoint, method.METHOD, method.Config, method.build, given)
     split, problems = method.read_split(paths, config, facts)
-    seeds = dataclasses.replace(split, ids=[Path(name).stem for name in split.ids])       # the same file has the same noise in any folder
+    seeds = dataclasses.replace(split, ids=names_of(split.ids, config))
     predictions, uncertainty = method.evaluate(nets, seeds, config, device)
     if rank() > 0:
         return
@@ -340,6 +337,12 @@ def file_id(path):
     """63 bits of a file's SHA-256."""
     with open(path, "rb") as file:
         return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "big") >> 1
+
+
+def names_of(paths, config):
+    """By which names the noise of a user's files is drawn: below the root of the run's own folder as there, else without folder and suffix."""
+    root = Path(config.root).resolve() if config.data == "folder" else None
+    return [full.relative_to(root).as_posix() if root in (full := Path(path).resolve()).parents else Path(path).stem for path in paths]
 
 
 def image_noise(seed, ids, shape, device):
@@ -518,7 +521,7 @@ def to_explain(method, config, facts, paths, limit):
     limit = limit or (sys.maxsize if paths else 8)
     split, problems = method.read_split(paths, config, facts) if paths else (method.load_for(dataclasses.replace(config, limit=limit), facts).test, [])
     kept = split.take(range(len(split))[:limit])
-    return dataclasses.replace(kept, ids=[Path(name).stem if paths else name for name in kept.ids]), problems
+    return dataclasses.replace(kept, ids=names_of(kept.ids, config) if paths else kept.ids), problems
 
 
 def save_images(folder, ids, images, title):
@@ -647,7 +650,8 @@ def load_checkpoint(path, method):
         raise UserError(f"{path}: written by a newer version of this project (format {content['format']}): update")
     facts, ema = content["facts"], content["ema"]
     if not holds(content["config"], {"data": str, "root": str}) or not holds(facts, {"classes": list, "channels": int, "multilabel": bool}) \
-            or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) or not all(map(torch.is_tensor, ema.values())):
+            or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) \
+            or not all(map(torch.is_tensor, [*ema.values(), facts.get("seen", torch.empty(0))])):
         raise alien
     return content
 
@@ -665,9 +669,11 @@ def config_from(Config, content, **given):
 def load_model(path, method, Config, build, given):
     """A checkpoint's settings, EMA networks ready for use, facts (classes, channels, multilabel) and device."""
     content = load_checkpoint(path, method)
-    config, facts = config_from(Config, content, **given), content["facts"]
-    here = lambda c: (c["data"], Path(c["root"]).resolve())
-    facts["own_data"] = here(dataclasses.asdict(config)) == here(content["config"])     # not another set, of test images only
+    config, facts, trained = config_from(Config, content, **given), content["facts"], content["config"]
+    place_then = Path(trained["root"] and facts.get("root") or trained["root"])         # where a relative --root led to
+    if "root" not in given and config.root and not Path(config.root).exists() and place_then.exists():
+        config = dataclasses.replace(config, root=str(place_then))
+    facts["own_data"] = config.data == trained["data"] and Path(config.root).resolve() in (place_then.resolve(), Path(trained["root"]).resolve())
     device = start(config)
     nets = build(config, facts)
     try:
@@ -742,6 +748,10 @@ class State:
             self.nets.load_state_dict(content["nets"])
             self.ema.load_state_dict(content["ema"])
             self.optimizer.load_state_dict(content["optimizer"])
+            then, now = (facts.get("images") for facts in (content["facts"], self.facts))
+            if then and now and then != now:
+                raise UserError(f"{path}: the images, their labels or splits are others than when the run began: " + ", ".join(
+                    f"{k} {then[k][0]:,}, now {now[k][0]:,}" for k in now) + "; restore them, or begin a new run")
             for k in self.POSITION:
                 setattr(self, k, content["position"][k])
             device, threads = next(self.nets.parameters()).device, content["threads"]
@@ -749,7 +759,7 @@ class State:
             if threads != torch.get_num_threads():                      # sums split over other threads round otherwise
                 torch.set_num_threads(threads)
                 print(f"note: going on with {threads} threads, as the run began", file=sys.stderr)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as fault:
             raise UserError(f"{path}: cannot be resumed ({' '.join(str(fault).split())[:150]}); was it written by another version of this project?") from None
 
     def add(self, losses, weight):
@@ -838,10 +848,27 @@ def load_init(nets, path, method, leave="", whole="", **same):
 
 # ----------------------------------------------------------------------------- report
 
-def describe(config, data, method, nets, device):
-    """The first lines of a run: what is trained, on what, with how many images of which class, and of how many the label is shown."""
+def facts_of(data, config):
+    """What a checkpoint keeps of its data: classes, channels, multilabel, border, notes, root, `seen` (63 bits of the name of every image that is learned
+    from or selected by), and of each split the number of images and a digest of names and labels."""
+    splits = {name: getattr(data, name) for name in ("train", "val", "test")}
+    digest = lambda split: f"{seed_of(*split.ids, *map(str, split.labels.tolist())):016x}"
+    return dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel, border=data.border, notes=data.notes, root=config.root and os.path.abspath(config.root),
+                seen=torch.tensor([seed_of("image", name) for name in data.train.ids + data.val.ids]), images={k: [len(s), digest(s)] for k, s in splits.items()})
+
+
+def describe(out, config, data, method, nets, device):
+    """The first lines of a run: what is trained, on what, with how many images of which class, and of how many the label is shown; and splits.csv
+    (id,split,group), who went where."""
     if rank() > 0:
         return
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["id", "split", "group"])
+    for part in ("train", "val", "test"):
+        split = getattr(data, part)
+        rows.writerows(zip(split.ids, itertools.repeat(part), split.groups or itertools.repeat("")))
+    write(out / "splits.csv", text.getvalue())
     parameters = sum(p.numel() for p in nets.parameters())
     print(f"{method} --scale {config.scale} --recipe {config.recipe}: {config.data}, {data.channels} x {config.size} x {config.size}, "
           f"{parameters:,} parameters, {device}, seed {config.seed}")
@@ -935,7 +962,7 @@ def report(state, out, result, specific, device):
               "torch": str(torch.__version__), "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
               "threads": torch.get_num_threads(), "seconds": sum(row["seconds"] for row in state.history),
               "params": sum(p.numel() for p in state.nets.parameters()), "selected_epoch": state.best[state.method]["epoch"],
-              **result, "method_specific": specific}
+              "notes": state.facts.get("notes", []), **result, "method_specific": specific}
     if rank() == 0:
         write(out / "metrics.json", as_json(result, indent=1))
         print(table(state.method, result) + f"\npictures: {out / 'figures'}   numbers: {out / 'metrics.json'}", flush=True)

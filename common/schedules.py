@@ -54,7 +54,7 @@ def ddim_step(eps, y0, ab_s, f=0.):
 
 # ----------------------------------------------------------------------------- continuous time, by log-SNR
 def shifted_cosine(t, noise_d=64, image_d=64):
-    """log-SNR of the cosine schedule at times t in 0..1 (any shape), falling (Kingma et al. 2021), shifted for images of image_d pixels
+    """log-SNR of the cosine schedule (Nichol & Dhariwal 2021) at times t in 0..1 (any shape), falling, shifted for images of image_d pixels
     a side to the noise that noise_d pixels would have (Hoogeboom et al. 2023, simple diffusion, eqs. 4-6).
 
     The authors of the diffusion classifier shift the bounds -15 and 15 as well, as here: values are those of their schedule.

@@ -21,7 +21,7 @@ SPLIT_RULES = ("official", "group", "paper")
 
 
 def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=None, skip_bad=False, test_only=False,
-         classes=None, channels=None):
+         classes=None, channels=None, several=True):
     """A data set, decoded to `size` x `size` pixels and split: DataSet. Raises DataError for every mistake of a user.
 
     name      one of NAMES
@@ -39,6 +39,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
               all test: for foreign data, never for the root that a model was trained on
     classes   the class names in the order that the labels shall have, as a trained model knows them
     channels  1 or 3; default as the pictures are
+    several   False: of data with several labels an image a DataError, before anything is decoded
     """
     if name not in NAMES:
         raise DataError(f"--data {name}: no such data set; known: {', '.join(NAMES)} (own images: --data folder --root DIR)")
@@ -54,9 +55,11 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
 
     given, root = root, Path(root or Path(__file__).parent / "raw" / ("chexpert" if name in chexpert.READINGS else name))
     try:
-        if name in medmnist.CLASSES:
+        table = LOADERS[name](root, split=split, test_only=test_only, skip_bad=skip_bad, classes=classes) if name in LOADERS else None
+        if not several and (table.multilabel if table else name in medmnist.MULTILABEL):
+            raise DataError(f"--data {name}: has several labels an image, this method takes one; name a single-label data set, or take mediffusion.py")
+        if table is None:
             return medmnist.load(name, given, size, seed, split, limit, test_only, classes, channels)
-        table = LOADERS[name](root, split=split, test_only=test_only, skip_bad=skip_bad, classes=classes)
     except OSError as error:
         raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); check its permissions") from None
     if classes:
@@ -66,7 +69,7 @@ def load(name, root=None, size=None, seed=0, *, split="official", limit=0, fit=N
         records = splits.apart(records, notes)
     for part, n, of in zip(("test", "validation"), splits.leaking(records), ("train or validation", "train")):
         if n:
-            notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; --split group mends it")
+            notes.append(f"LEAK: {n:,} {part} images show a patient or lesion that is in {of} too; train with --split group")
     if test_only:
         records = [r for r in records if r.split == "test"]
     records = _limited(records, limit, seed)
@@ -79,9 +82,15 @@ def load_for(config, facts=None):
     that needs few, `labels` says of which training images the label is shown: the others' are -1, and those join each batch (Split.few)."""
     known = {} if facts is None else dict(test_only=not facts["own_data"], classes=facts["classes"], channels=facts["channels"])
     data = load(config.data, config.root or None, config.size, config.seed, split=config.split, fit=config.fit, limit=config.limit,
-                skip_bad=config.skip_bad, **known)
-    if hasattr(config, "labels") and data.train is not None and not (facts and config.limit):          # a list names images that a limit leaves out
-        known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
+                skip_bad=config.skip_bad, several=hasattr(config, "labels"), **known)
+    if hasattr(config, "labels") and data.train is not None:
+        try:
+            known = labelled(data.train, config.labels, config.seed, [*data.val.ids, *data.test.ids])
+        except DataError:                                               # a list that is gone, or names images that a limit leaves out
+            if facts is None:
+                raise
+            data.train = None                                           # a trained model is scored all the same, without the row `shortcut`
+            return data
         few = np.flatnonzero(known), config.labelled_batch, *(name for name in config.few_augment.split(",") if name)
         data.train = dataclasses.replace(data.train, few=few, labels=data.train.labels.copy())
         data.train.labels[~known] = -1
@@ -96,7 +105,9 @@ def load_for(config, facts=None):
 
 def read_split(paths, config, facts):
     """A user's own files and folders as a trained model takes them: a Split whose labels are -1, and a list of problems."""
-    images, ids, problems = read_images(paths, config.size, facts["channels"], config.fit, config.skip_bad)
+    border = facts.get("border", 0)
+    images, ids, problems = read_images(paths, config.size - 2 * border, facts["channels"], config.fit, config.skip_bad)
+    images = np.pad(images, ((0, 0), (0, 0), (border, border), (border, border)), mode="edge")
     unknown = np.full((len(ids), len(facts["classes"])), -1, np.float32) if facts.get("multilabel") else np.full(len(ids), -1)
     return Split(images, unknown, ids), problems
 
@@ -134,7 +145,7 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
     for part in ("test",) if test_only else splits.SPLITS:
         rows = np.flatnonzero([side == part for side in sides])
         if not len(rows):
-            raise DataError(f"{root}: no {part} images are left; check the folder, --split and --limit")
+            raise DataError("; ".join([f"{root}: no {part} images are left", *(n for n in notes if "left out" in n or "dropped" in n), "check the folder, --split and --limit"]))
         inside = [records[row] for row in rows]
         grouped = any(r.group for r in inside)
         piece = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows     # a view, if nothing was dropped
@@ -144,6 +155,8 @@ def _decoded(name, root, records, table, size, channels, fit, skip_bad, test_onl
                             source={name: column[rows] for name, column in source.items()})
     if not test_only and len(np.unique(parts["train"].labels)) < 2:
         raise DataError(f"{root}: the training images are all of one class; check the folder and its table")
+    if not test_only and not table.multilabel:
+        notes += [f"LACKING: no training image of {name} is left, so no answer will ever be {name}" for k, name in enumerate(table.classes) if k not in parts["train"].labels]
     if seen := [] if test_only or table.multilabel else telling(parts["train"], parts["test"]):
         notes.append(f"the row `shortcut` of the last table: a rule that sees, instead of the pixels, {', '.join(seen)}")
     return DataSet(parts.get("train"), parts.get("val"), parts["test"], table.classes, table.multilabel, channels, notes, name)

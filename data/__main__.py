@@ -1,5 +1,6 @@
 """`python -m data ham10000 --root DIR`: decodes a data set, prints what is in it and what is wrong, and draws a contact sheet; no training."""
 import argparse
+import io
 import os
 import sys
 
@@ -23,10 +24,17 @@ def main(argv=None):
     parser.add_argument("--output", help="picture with some images of each class (default NAME-contact.png, in the folder you are in)")
     options = vars(parser.parse_args(argv))
     output = options.pop("output") or f"{options['name']}-contact.png"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")               # the name of a folder may hold what a terminal cannot show
     try:
+        if options["seed"] < 0 or options["limit"] < 0:
+            raise DataError(f"--seed {options['seed']} --limit {options['limit']}: must not be below 0")
         found = load(**options)
         _print(found)
-        report.contact_sheet(found, output)
+        try:
+            report.contact_sheet(found, output)
+        except OSError as error:
+            raise DataError(f"--output {output}: cannot be written ({error.strerror or error}); name another file") from None
         print(f"contact sheet: {output}", flush=True)
         if rows := by_column(found):
             print("what can be told without the pixels: accuracy on validation, log loss explained (below 0: misled)")
@@ -40,8 +48,8 @@ def main(argv=None):
         print("stopped; what is decoded stays in the cache, the next call goes on from there", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"error: --output {output}: cannot be written ({error.strerror or error}); name another file", file=sys.stderr)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

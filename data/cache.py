@@ -32,7 +32,7 @@ from tqdm import tqdm
 from . import images
 from .types import DataError
 
-VERSION = 2                                             # to be raised when read_image gives other pixels for the same file
+VERSION = 3                                             # to be raised when read_image gives other pixels for the same file
 ROWS = 256                                              # images a block: about what a killed build loses
 TOLD = 100 * 10**6                                      # bytes of a cache above which its need is said before it is built
 

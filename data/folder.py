@@ -1,6 +1,6 @@
 """A folder per class: your own images, no edit anywhere.
 
-    ROOT/{train,val,test}/CLASS/**.png      the splits as given (val is also called valid or validation)
+    ROOT/{train,val,test}/CLASS/**.png      the splits as given (also called training, valid, validation, testing)
     ROOT/CLASS/**.png                       splits are carved: 30 % test, 10 % validation
     ROOT/classes.txt                        optional: the classes in order, a line each (for grades); else sorted, 2_x before 10_x
     ROOT/groups.csv                         optional: file,group with the patient of each file, path below ROOT or file name
@@ -18,7 +18,7 @@ from .splits import SPLITS, TEST, VAL, assign
 from .tables import Record, Table, missing_columns, read_lines, read_table, report_missing
 from .types import DataError
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 EXPECTED = "expected ROOT/CLASS/*.png or ROOT/{train,val,test}/CLASS/*.png with two classes or more"
 
 
@@ -33,9 +33,18 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
     notes = []
     if (root / "findings.csv").is_file():
         return _multilabel(root, root / "findings.csv", split, test_only, skip_bad, notes)
-    given = {PARTS[p.name.lower()]: p for p in _folders(root) if p.name.lower() in PARTS}
-    flat = "train" not in given and any(p.name.lower() not in PARTS for p in _folders(root))
-    if flat:
+    given = {}
+    for place in (p for p in _folders(root) if p.name.lower() in PARTS):
+        if other := given.get(PARTS[place.name.lower()]):
+            raise DataError(f"{root}: {other.name} and {place.name} are the same split; move the images of one into the other")
+        given[PARTS[place.name.lower()]] = place
+    others = [p for p in _folders(root) if p.name.lower() not in PARTS]
+    if given and (beside := [p.name for p in others if find_images(p)]):
+        names = f"{_list([p.name for p in given.values()])} beside {_list(beside[:5])}"
+        if "train" not in given and not test_only:
+            raise DataError(f"{root}: holds {names}: a split beside classes; move the classes into train/, or rename {'it' if len(given) == 1 else 'them'}")
+        notes.append(f"{root}: holds {names}, whose images are left out")
+    if others and not given:
         given = {"test" if test_only else "all": root}
     elif test_only and "test" in given:
         given = {"test": given["test"]}
@@ -52,6 +61,8 @@ def table(root, split="official", test_only=False, skip_bad=False, classes=None)
         raise DataError(f"{root}: class folder {_list(strange)} is none of the classes {_list(classes)}; rename or remove it")
     if len(classes) < 2:
         raise DataError(f"{root}: one class only ({_list(classes)}); {EXPECTED}; is --root one folder too high or too low?")
+    if len(alike := _alike([path for place in given.values() for path in _folders(place) if path.name in classes])) > 1:
+        notes.append(f"each class holds the folders {_list(alike[:5])}: are those the classes? Then rename the folders above them train, val and test")
     group_of = _read_groups(root, [image for _, _, image in found], notes)
     records = [Record(image, classes.index(name), group_of.get(image), image.relative_to(root).as_posix(), part,
                       {"folder": image.relative_to(given[part] / name).parent.as_posix()})
@@ -74,9 +85,12 @@ def _multilabel(root, path, split, test_only, skip_bad, notes):
     labels, missing, find = {}, [], _finder(root, images, path)
     for number, cells in rows:
         try:
-            label = tuple({0: 0, 1: 1}[float(cells[name.lower()])] for name in classes)
+            for name in classes:
+                {0: 0, 1: 1}[float(cells[name.lower()])]
         except (ValueError, KeyError):
-            raise DataError(f"{path}: line {number}: {_list([cells[name.lower()] for name in classes])}: each finding must be 0 or 1") from None
+            raise DataError(f"{path}: line {number}: {name} is {cells[name.lower()] or 'empty'}: every column but file is a finding, each 0 or 1; patients belong "
+                            "into groups.csv (file,group), and for one class an image there are class folders") from None
+        label = tuple(int(float(cells[name.lower()])) for name in classes)
         image = find(cells["file"], number)
         if image is None:
             missing.append(cells["file"])
@@ -89,6 +103,9 @@ def _multilabel(root, path, split, test_only, skip_bad, notes):
         notes.append(f"{len(images) - len(labels):,} images are not in findings.csv and left out")
     parts = {image: PARTS.get(image.relative_to(root).parts[0].lower(), "all") for image in labels}
     flat = "all" in parts.values()
+    if flat and (given := {p for p in parts.values() if p != "all"}):
+        odd = next(image for image, part in parts.items() if part == "all").relative_to(root)
+        raise DataError(f"{path}: lists images in {_list(given)} and others, as {odd}, in none of train, val and test; move them, or take them off the table")
     if not flat and "train" not in parts.values() and not test_only:
         raise DataError(f"{path}: lists only images of {_list(set(parts.values()))}; `eval` takes a test set, training needs train too")
     group_of = _read_groups(root, images, notes)
@@ -135,6 +152,12 @@ def _check_classes(root, records, classes, carved):
             remedy = "to carve splits a class needs at least 3 images (of 3 patients, if groups.csv names them)" if carved else \
                 "give every class to each of train, val and test, or take --split group"
             raise DataError(f"{root}: {part} lacks the class {_list(lacking)} (images of {lacking[0]}: {counts}); {remedy}")
+
+
+def _alike(folders):
+    """The names that the folders within each of these have in common, if several do: then these are splits or sites, and those perhaps the classes."""
+    inside = [{p.name for p in _folders(folder)} for folder in folders]
+    return sorted(set.intersection(*inside)) if len(inside) > 1 else []
 
 
 def _folders(path):
@@ -188,6 +211,9 @@ def _read_groups(root, images, notes):
             unknown.append(name)
         elif groups.setdefault(image, group) != group:
             raise DataError(f"{path}: line {number}: {name} has two groups, {groups[image]} and {group}; keep one")
+    if rows and not groups:
+        raise DataError(f"{path}: names none of the {len(images):,} images, its first is {unknown[0]}, an image's {images[0].relative_to(root).as_posix()}; "
+                        f"name files by the path below {root}, or by the bare name with its suffix")
     groups = {image: group for image, group in groups.items() if group}
     if unknown:
         notes.append(f"groups.csv names {len(unknown):,} files that are not there, first: {unknown[0]}")

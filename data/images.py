@@ -76,11 +76,12 @@ def _array(image, size, channels, fit):
     orientation = image.getexif().get(0x0112)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
+    image = _eight_bits(image)                          # before the crop: how deep it is, all of its pixels say
     if fit == "crop":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    image = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -109,7 +109,7 @@ def load(name, root=None, size=32, seed=0, split="official", limit=0, test_only=
         piece = slice(here[0], here[-1] + 1) if here[-1] - here[0] + 1 == len(here) else here     # a view, if nothing was dropped
         as_saved = {key: np.full(len(here), float(side)) for key in ("width", "height")}
         found[part] = Split(images[piece], labels[here], [ids[i] for i in here], source=as_saved)
-    return DataSet(found.get("train"), found.get("val"), found["test"], classes, multilabel, channels, notes, name)
+    return DataSet(found.get("train"), found.get("val"), found["test"], classes, multilabel, channels, notes, name, border=2 * ((side, size) == (28, 32)))
 
 
 # ------------------------------------------------------------------------------------------------ the file

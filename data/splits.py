@@ -16,7 +16,8 @@ def group_split(labels, groups, test=TEST, val=VAL):
     """The side of each image: a list of "train", "val", "test".
 
     Within each class the groups are sorted by the SHA-256 of their id; the first 30 % are test, the next 10 % validation, and
-    at least one each where the class has enough groups. No seed: an image never moves from test to train between two runs.
+    at least one each where the class has enough groups. No seed: of the same images none ever changes its side; where some are added or gone, a
+    few groups near the edges do.
     A group with several classes counts for the rarest of them.
     """
     count = Counter(labels)

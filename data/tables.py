@@ -27,7 +27,7 @@ class Table:
 
 
 def read_table(path, only=None):
-    """A CSV or tab-separated file -> (column names in lower case, rows as (line number, {name: value})), everything stripped.
+    """A table, its cells apart by comma, semicolon or tab -> (column names in lower case, rows as (line number, {name: value})), everything stripped.
 
     only: the columns to keep in the rows, where a table is large.
     Byte-order marks, CR LF, blank lines, unnamed columns and a header repeated in the body do no harm.
@@ -45,7 +45,7 @@ def read_table(path, only=None):
         if row == header:
             continue
         if len(row) <= last:
-            raise DataError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; download the file again")
+            raise DataError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}; complete the line, or download the file again")
         rows.append((number, {name: row[i] for name, i in wanted}))
     return list(place), rows
 
@@ -62,7 +62,7 @@ def read_lines(path, header_only=False):
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline(10**6)
             file.seek(0)
-            reader = csv.reader([first] if header_only else file, delimiter="\t" if first.count("\t") > first.count(",") else ",")
+            reader = csv.reader([first] if header_only else file, delimiter=max(",;\t", key=first.count))
             lines = [(reader.line_num, [cell.strip().replace("\n", " ").replace("\r", " ") for cell in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error

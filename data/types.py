@@ -41,3 +41,4 @@ class DataSet:
     channels: int
     notes: list = field(default_factory=list)   # one line each: split rule, duplicates dropped, no patient ids, ...
     name: str = ""
+    border: int = 0                             # pixels on each side of every image that repeat its edge: MedMNIST's 28 as 32

@@ -165,7 +165,8 @@ def run(name, seed, root=None):
 def write(name, seed, result, found=None):
     """A record, and beside it what was said of each test image, where cells are to be compared image by image: ids (N,), labels (N,), p (N, K)."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps({"command": command(name, seed)} | result, indent=1))
+    result = {"command": command(name, seed)} | {k: v for k, v in result.items() if k != "notes"}          # those name paths of a machine
+    (RESULTS / f"{name}-s{seed}.json").write_text(json.dumps(result, indent=1))
     if found is not None:
         ids, labels, p = found
         np.savez_compressed(RESULTS / f"{name}-s{seed}.npz", ids=np.array(ids), labels=labels, p=p.astype(np.float32))

@@ -682,7 +682,7 @@ def test_the_contact_sheet_shows_training_images_of_each_class(tmp_path, capsys)
 
 def test_a_sheet_that_cannot_be_written_and_data_that_cannot_be_loaded_are_one_line(tmp_path, capsys):
     root = make_folder(tmp_path / "set")
-    for words in (["--root", str(root), "--output", str(tmp_path / "none" / "sheet.png")], ["--root", str(tmp_path / "none")], ["--root", str(root), "--size", "1"]):
+    for words in (["--root", str(root), "--output", str(tmp_path / "none" / "sheet.png")], ["--root", str(tmp_path / "none")], ["--root", str(root), "--size", "1"], ["--root", str(root), "--seed", "-1"]):
         assert main(["folder", "--size", "8", *words]) == 2
         told = capsys.readouterr().err
         assert told.startswith("error: ") and told.count("\n") == 1
@@ -713,7 +713,7 @@ def test_load_for_hands_every_setting_on(monkeypatch):
     given = dict(data="d", root="r", size=9, seed=3, split="group", fit="squash", limit=5, skip_bad=True)
     data.load_for(Settings(**given))
     data.load_for(Settings(**given | dict(root="")), dict(classes=["b", "a"], channels=1, own_data=False, multilabel=False))
-    options = dict(split="group", fit="squash", limit=5, skip_bad=True)
+    options = dict(split="group", fit="squash", limit=5, skip_bad=True, several=False)       # a method that has --labels takes several
     assert seen == [(("d", "r", 9, 3), options), (("d", None, 9, 3), options | dict(test_only=True, classes=["b", "a"], channels=1))]
 
 
@@ -788,9 +788,29 @@ def test_of_another_data_set_no_label_is_hidden(tmp_path):
     assert found.train is None and found.val is None and len(found.test) == 20 and found.notes == plain.notes
     assert np.array_equal(found.test.labels, plain.test.labels) and found.test.few is None
     with pytest.raises(DataError, match="gone.txt"):
-        data.load_for(Settings(**given), facts | dict(own_data=True))
+        data.load_for(Settings(**given))
+    own = data.load_for(Settings(**given), facts | dict(own_data=True))         # a trained model is scored without it
+    assert own.train is None and 0 < len(own.test) < 20 and data.shortcut(own) == {}
     new, again = (data.load_for(Settings(**given | dict(labels="0.5")), known) for known in (None, facts | dict(own_data=True)))
     assert np.array_equal(new.train.labels, again.train.labels) and (new.train.labels == -1).sum() == 6 and noted(again, "--labels 0.5: 6 of 12")
+
+
+def test_pictures_of_28_pixels_are_given_the_border_that_a_model_was_trained_with(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    split, _ = data.read_split([tmp_path / "a.png"], Settings(size=32), dict(channels=3, classes=["a"], border=2))
+    assert np.array_equal(split.images[0], data.medmnist.fitted(pixels, 32, 3))
+
+
+def test_a_method_of_one_label_refuses_several_before_anything_is_decoded(tmp_path, monkeypatch):
+    make_folder(tmp_path / "set")
+    (tmp_path / "set" / "findings.csv").write_text("file,Mass\n" + "".join(f"{p.relative_to(tmp_path / 'set').as_posix()},{i % 2}\n" for i, p in
+                                                                           enumerate(sorted((tmp_path / "set").rglob("*.png")))))
+    monkeypatch.setattr(data.cache, "load", lambda *a: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="--data folder: has several labels an image, this method takes one; .* mediffusion.py"):
+        data.load("folder", tmp_path / "set", several=False)
+    with pytest.raises(DataError, match="several labels"):
+        data.load("chestmnist", tmp_path, several=False)
 
 
 def test_a_users_files_are_a_split_without_labels(tmp_path):

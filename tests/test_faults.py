@@ -168,7 +168,7 @@ def reference(tmp_path_factory):
     ended = finish(launch([*ARGS, "--output", folder / "run"], folder, prepare=lambda: note_files(folder / "files")), folder)
     assert ended.code == 0, ended.err
     assert sorted(p.name for p in (folder / "run").iterdir() if p.name != "figures") == \
-        ["best.pt", "config.json", "last.pt", "log.jsonl", "metrics.json", "predictions.csv"]
+        ["best.pt", "config.json", "last.pt", "log.jsonl", "metrics.json", "predictions.csv", "splits.csv"]
     assert run.load_checkpoint(folder / "run" / "last.pt", "diffmic")["position"]["step"] == STEPS * EPOCHS
     return folder / "run"
 

@@ -1,4 +1,5 @@
 """A folder per class: given or carved splits, patients, class order, and a line for whatever does not fit."""
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,49 @@ def test_images_lie_at_any_depth_and_litter_is_skipped(root):
     found = data.load("folder", root, size=8)
     assert found.classes == ["a", "b"] and sum(sizes(found)) == 11
     assert any("deep" in name for s in (found.train, found.val, found.test) for name in s.ids)
+
+
+def test_a_split_is_not_taken_for_a_class(root):
+    for part, n in ("Training", 20), ("Testing", 10):                       # as some of Kaggle's sets are called
+        fill(root / part, a=n, b=n)
+    found = data.load("folder", root, size=8)
+    assert found.classes == ["a", "b"] and len(found.test) == 20 and noted(found, "10 % as val carved from train")
+    fill(root, extra=3)
+    assert noted(data.load("folder", root, size=8), "Testing, Training beside extra, whose images are left out")
+    (root / "train").mkdir()
+    assert "Training and train are the same split" in refusal(root)
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "Training")
+    assert "holds Testing beside extra: a split beside classes; move the classes into train/, or rename it" in refusal(root)
+
+
+def test_folders_that_each_class_has_may_be_the_classes_and_that_is_said(root):
+    for site in "cohort1", "cohort2":
+        fill(root / site, sick=10, well=10)
+    assert noted(data.load("folder", root, size=8), "each class holds the folders sick, well: are those the classes?")
+    assert not noted(data.load("folder", fill(root.parent / "plain", a=10, b=10), size=8), "each class holds")
+
+
+def test_a_listed_image_outside_the_given_splits_does_not_undo_them(root):
+    for part, n in (("train", 40), ("test", 20), ("extra", 1)):
+        findings(root, n, part)
+    assert "lists images in test, train and others, as extra/00.png, in none of train, val and test" in refusal(root)
+
+
+def test_a_class_that_leaves_train_with_its_patients_is_named(root):
+    for part, n in (("train", 6), ("val", 3), ("test", 3)):
+        fill(root / part, a=n, b=n, rare=1)
+    write_groups(root, [f"{part}/rare/00.png,p" for part in ("train", "val", "test")])
+    found = data.load("folder", root, size=8)
+    assert noted(found, "LACKING: no training image of rare is left, so no answer will ever be rare") and noted(found, "2 images left out")
+    write_groups(root, [f"{p.relative_to(root).as_posix()},q" for part in ("val", "test") for p in (root / part).rglob("*.png")])
+    assert "no val images are left; 7 images left out: their patient or lesion is in a later split too" in refusal(root)
+
+
+def test_a_table_may_have_semicolons(root):
+    fill(root, a=12, b=12)
+    (root / "groups.csv").write_text("file;group\n" + "".join(f"{c}/{i:02d}.png;{c}{i // 2}\n" for c in "ab" for i in range(12)))
+    assert len(set(data.load("folder", root, size=8).train.groups)) > 5
 
 
 def test_a_folder_without_images_is_no_class_and_said_so(root):
@@ -194,7 +238,10 @@ def test_a_folders_tables_know_only_the_images_below_it(root, tmp_path):
     Image.new("RGB", (8, 8)).save(outside)
     for name in "../outside.png", str(outside), f"a/../../{outside.name}":
         write_groups(root, [f"{name},p"])
+        assert f"names none of the 24 images, its first is {name}, an image's a/00.png; name files by the path" in refusal(root)
+        write_groups(root, [f"{name},p", "a/01.png,p"])
         assert noted(data.load("folder", root, size=8), f"1 files that are not there, first: {name}")
+        (root / "groups.csv").unlink()
         (root / "findings.csv").write_text(f"file,Mass\n{name},1\n")
         with pytest.raises(DataError, match="none of its 1 images"):
             data.load("folder", root, size=8)
@@ -241,8 +288,8 @@ def test_a_table_of_findings_keeps_given_splits_and_patients(root):
 @pytest.mark.parametrize("header, change, words", [
     ("name,Mass,Fluid", lambda s: s, "needed: file and, once each, a column of 0 and 1 for every finding"),
     ("file,Mass,mass", lambda s: s, "once each"),
-    ("file,Mass,Fluid", lambda s: s.replace(",1,", ",2,"), "line 2: 2, 1.0: each finding must be 0 or 1"),
-    ("file,Mass,Fluid", lambda s: s.replace(",1,", ",,"), "each finding must be 0 or 1"),
+    ("file,Mass,Fluid", lambda s: s.replace(",1,", ",2,"), "line 2: Mass is 2: every column but file is a finding, each 0 or 1"),
+    ("file,Mass,Fluid", lambda s: s.replace(",1.0", ",p7"), "line 2: Fluid is p7: every column but file is a finding, each 0 or 1; patients belong into groups.csv"),
     ("file,Mass,Fluid", lambda s: s.replace("00.png", "xx.png"), "1 of 60 listed images are missing, first: pictures/xx.png"),
     ("file,Mass,Fluid", lambda s: s.replace("pictures", "../pictures"), "none of its 60 images"),
     ("file,Mass,Fluid", lambda s: s + "pictures/01.png,1,1\n", "line 62: pictures/01.png has other findings than before")])

@@ -61,6 +61,12 @@ def test_12_bits_use_the_whole_range(tmp_path):
     assert found.min() == 0 and found.max() == 255
 
 
+def test_how_deep_a_picture_is_its_whole_area_says_and_not_the_crop(tmp_path):
+    deep = np.full((20, 40), 1000, np.uint16)
+    deep[0, 0] = 60000                                                  # in the part that is cut off
+    assert (read_image(save(tmp_path / "a.png", deep), 20, 1) == 4).all()
+
+
 def test_floats_from_0_to_1_use_the_whole_range_and_nan_is_black(tmp_path):
     values = np.linspace(0, 1, 400).reshape(20, 20).astype(np.float32)
     values[3, 3] = np.nan

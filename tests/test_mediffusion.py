@@ -876,7 +876,10 @@ def test_with_mirror_every_model_answers_for_the_image_and_its_mirror_images(mul
     flipped = [dataclasses.replace(split, images=np.flip(split.images, dims).copy()) for dims in ((), 3, 2, (2, 3))]
     each = [mediffusion.evaluate(nets, part, plain, CPU)[0] for part in flipped]
     for model, p in mediffusion.evaluate(nets, split, config, CPU)[0].items():
-        assert np.allclose(p, np.mean([of[model] for of in each], 0), atol=1e-5) and not np.allclose(each[0][model], each[1][model], atol=1e-5), model
+        mean = lambda q: np.exp(np.log(q).mean(0))                      # of logits: of probabilities the geometric one, made to sum to 1
+        several = np.stack([of[model] for of in each])
+        expected = mean(several) / (mean(several) + mean(1 - several) if multilabel else mean(several).sum(1, keepdims=True))
+        assert np.allclose(p, expected, atol=1e-5) and not np.allclose(each[0][model], each[1][model], atol=1e-5), model
 
 
 @torch.no_grad()
@@ -954,9 +957,10 @@ def test_uncertainty_is_0_of_the_sure_and_1_of_who_has_no_idea():
         assert np.allclose(u["entropy"], wanted[0]) and np.allclose(u["margin"], wanted[1])
 
 
+@pytest.mark.parametrize("mirror", [True, False])
 @pytest.mark.parametrize("multilabel", [True, False])
-def test_calibration_leaves_nothing_to_gain_by_another_temperature(multilabel):
-    config, split, rng = tiny(calibrate=True), pictures(60, multilabel=multilabel), np.random.default_rng(0)
+def test_calibration_leaves_nothing_to_gain_by_another_temperature(multilabel, mirror):
+    config, split, rng = tiny(calibrate=True, mirror=mirror, augment="hflip,vflip"), pictures(60, multilabel=multilabel), np.random.default_rng(0)
     nets = networks(config, multilabel=multilabel)
     before = mediffusion.evaluate(nets, split, config, CPU)[0]["mediffusion"]
     true = before ** .4 / (before ** .4 + (1 - before) ** .4 if multilabel else (before ** .4).sum(1, keepdims=True))      # of a network too sure by 2.5

@@ -405,6 +405,13 @@ def test_copies_of_an_image_narrow_the_interval_unless_they_are_drawn_as_one_pat
     assert naive[1] - naive[0] < 0.7 * (honest[1] - honest[0])
 
 
+def test_the_bootstrap_has_no_interval_where_every_resample_says_the_same():
+    right = np.ones(10, int)
+    assert np.isnan(M.bootstrap_ci(M.accuracy, right, right, n=20)).all()                                   # all right: not certain to 1.000
+    y, yhat = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
+    assert np.isnan(M.bootstrap_ci(M.accuracy, y, yhat, n=20, groups=["one patient"] * 4)).all() and not np.isnan(M.bootstrap_ci(M.accuracy, y, yhat, n=20)).any()
+
+
 def test_the_bootstrap_leaves_out_resamples_without_both_classes_and_repeats_with_its_seed():
     y, s = [0, 0, 0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.45]   # (5/6)^6 = 33 % of the resamples have no positive
     low, high = M.bootstrap_ci(M.auroc, y, s, n=300, seed=3)
@@ -485,6 +492,11 @@ def test_a_metric_leaves_its_input_as_it_was():
     before = y.copy(), yhat.copy(), p.copy()
     M.summary(y, p, ci=5, yhat=yhat)
     assert all(np.array_equal(a, b) for a, b in zip(before, (y, yhat, p)))
+
+
+def test_of_answers_that_are_all_right_nothing_is_made_surer():
+    p = np.array([[.6, .4], [.3, .7], [.55, .45]])
+    assert M.sharpness([0, 1, 0], p) == 1 and M.sharpness(np.array([0, 1, 1]), p) != 1
 
 
 def test_sharpness_finds_the_temperature_that_was_applied():

@@ -501,16 +501,49 @@ def test_a_finished_runs_folder_is_not_written_over(tmp_path):
     assert run.result_folder("", tmp_path / "best.pt", "eval", diffmic.Config()) == tmp_path.resolve() / "eval"
 
 
-def test_a_copy_of_the_data_is_not_taken_for_other_images_without_a_warning(tmp_path):
-    checkpoint = tmp_path / "best.pt"
-    assert run.copied(checkpoint, ["a/1.png"]) == []
-    with open(tmp_path / "predictions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["id", "predicted"], ["a/1.png", "a"], ["b/2, left.png", "a"]])
-    assert run.copied(checkpoint, ["a/1.png", "b/2, left.png"]) == [] == run.copied(checkpoint, ["a/1.png", "b/3.png", "b/4.png"])      # its own split; another site's
-    warning, = run.copied(checkpoint, ["a/1.png", "b/2, left.png", "b/3.png"])
-    assert "all 2 images" in warning and "--root" in warning
-    (tmp_path / "predictions.csv").write_bytes(b"\xff\x00,\n\n\"")
-    assert run.copied(checkpoint, ["a/1.png"]) == []
+def known_set(labels=None, test=("e/5.png", "f")):
+    split = Split(np.zeros((4, 1, 28, 28), np.uint8), np.array(labels or [0, 1, 0, 1]), ["a/1.png", "b/2, left.png", "c", "d"])
+    rest = Split(np.zeros((len(test), 1, 28, 28), np.uint8), np.arange(len(test)) % 2, list(test))
+    return DataSet(split, Split(rest.images[:2], rest.labels[:2], ["v", "w"]), rest, ["x", "y"], False, 1, ["a note"])
+
+
+def test_images_that_a_run_has_seen_are_not_scored_without_a_warning():
+    facts = run.facts_of(known_set(), diffmic.Config())
+    assert run.seen_before(facts, ["e/5.png", "f", "another"]) == [] == run.seen_before({}, ["a/1.png"])       # its own test split; a checkpoint of old
+    warning, = run.seen_before(facts, ["a/1.png", "v", "e/5.png"])
+    assert "WARNING: 2 of these 3 images" in warning and "--root and --split as in training" in warning
+
+
+def test_a_checkpoint_knows_where_its_data_lay_and_what_they_were(tmp_path, monkeypatch):
+    (tmp_path / "there" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    config = diffmic.Config(data="folder", root="set")
+    facts = run.facts_of(known_set(), config)
+    assert facts["root"] == str(tmp_path / "there" / "set") and facts["notes"] == ["a note"] and facts["images"]["train"][0] == 4
+    assert facts["images"] != run.facts_of(known_set(labels=[1, 1, 0, 1]), config)["images"] != run.facts_of(known_set(test=("e", "f")), config)["images"]
+    net = nn.Linear(2, 3)
+    run.State("diffmic", config, facts, net, torch.optim.SGD(net.parameters(), .1)).save(tmp_path / "best.pt")
+    load = lambda **given: run.load_model(tmp_path / "best.pt", "diffmic", diffmic.Config, lambda *a: nn.Linear(2, 3), given | dict(device="cpu"))
+    assert load()[0].root == "set" and load()[2]["own_data"]
+    monkeypatch.chdir(tmp_path)                                          # from elsewhere, too
+    assert load()[0].root == str(tmp_path / "there" / "set") and load()[2]["own_data"] and load(root="there/set")[2]["own_data"]
+    assert not load(root=".")[2]["own_data"] and not load(data="toy")[2]["own_data"]
+
+
+def test_a_run_is_not_resumed_on_other_images_or_labels(tmp_path):
+    net, config = nn.Linear(2, 3), diffmic.Config()
+    of = lambda data: run.State("diffmic", config, run.facts_of(data, config), net, torch.optim.SGD(net.parameters(), .1))
+    of(known_set()).save(tmp_path / "last.pt")
+    of(known_set()).load(tmp_path / "last.pt")
+    for data, words in (known_set(test=("e/5.png",) * 3), "test 2, now 3"), (known_set(labels=[1, 0, 1, 0]), "train 4, now 4"):
+        with pytest.raises(run.UserError, match=f"last.pt: the images, their labels or splits are others than when the run began: .*{words}"):
+            of(data).load(tmp_path / "last.pt")
+
+
+def test_a_file_of_a_runs_own_folder_has_the_noise_that_it_has_there(tmp_path):
+    config = diffmic.Config(data="folder", root=str(tmp_path))
+    assert run.names_of([tmp_path / "a" / "1.png", "else/1.png"], config) == ["a/1.png", "1"]
+    assert run.names_of([tmp_path / "a" / "1.png"], dataclasses.replace(config, data="ham10000")) == ["1"]
 
 
 def test_resume_needs_a_run_and_one_only(tmp_path):
@@ -626,18 +659,20 @@ def test_the_share_of_a_label_is_that_among_the_images_where_it_is_known():
 
 
 @pytest.mark.parametrize("hide", [False, True])
-def test_the_first_lines_of_a_run_count_the_known_labels_of_either_kind(hide, capsys):
+def test_the_first_lines_of_a_run_count_the_known_labels_of_either_kind(hide, capsys, tmp_path):
     one = Split(np.zeros((8, 1, 28, 28), np.uint8), np.array([0, 1, 1, 2, 0, 1, 1, 2]), list("abcdefgh"))
     many = several(8)[0]
     many.labels[:] = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]] * 2)
     for split, multilabel, half, whole in ((one, False, (1, 2, 1), (2, 4, 2)), (many, True, (2, 2, 0), (4, 4, 0))):
         train = dataclasses.replace(split, labels=split.labels.copy())
         train.labels[4:] = -1 if hide else train.labels[4:]
-        run.describe(diffmic.Config(), DataSet(train, split, split, LABELS, multilabel, 1), "diffmic", nn.Linear(2, 3), "cpu")
+        run.describe(tmp_path, diffmic.Config(), DataSet(train, split, dataclasses.replace(split, groups=["p"] * 8), LABELS, multilabel, 1), "diffmic", nn.Linear(2, 3), "cpu")
         words = lambda counts: "  ".join(f"{c} {n}" for c, n in zip(LABELS, counts))
         lines = capsys.readouterr().out.splitlines()[1:]
         assert lines == [f"  train      8 (4 labelled)  {words(half)}" if hide else f"  train      8  {words(whole)}",
                          f"  val        8  {words(whole)}", f"  test       8  {words(whole)}"]
+        went = [f"{name},{part},{'p' if part == 'test' else ''}" for part, names in (("train", split.ids), ("val", split.ids), ("test", split.ids)) for name in names]
+        assert (tmp_path / "splits.csv").read_text().splitlines() == ["id,split,group", *went]
 
 
 def test_the_pictures_of_several_labels_have_the_auroc_of_each_and_no_confusion_matrix(tmp_path, monkeypatch):
