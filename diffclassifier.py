@@ -32,7 +32,7 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  6. The schedule is shifted for the 128 pixels that the network sees of 256; halving the wavelets makes it that of 256. Theirs shifts for 256 and halves: that of 512.
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
 at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
-after few votes accuracy says little (--select). What each is worth: tests/results/README.md.
+after few votes accuracy says little (--select). What each is worth: tests/results.
 Balanced accuracy on RetinaMNIST, three seeds: plus .348 (25 noise levels), paper .290 (101), ResNet-18 .350. The paper's data are not here.
 """
 # ============================================================================= 2 imports
@@ -122,7 +122,7 @@ class Config:
     class_dropout: float = 0.15  # [0..1] share of training images without their class, for guidance
     noise_d: int = 64  # [1..] pixels a side of the images whose noise levels are used; larger images are noised more
     precondition: bool = False  # the network adds to what the best linear denoiser predicts, and sees and predicts unit spread (Karras et al. 2022)
-    time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding
+    time_scale: float = 1.  # [0..] the log-SNR, -19 to 15, is multiplied by it before its embedding (theirs: 1; --scale small: 20 in both recipes)
     votes: int = 501  # [1..] N, noise levels that an image is judged at, for which p is fitted: of fewer it is too sure; odd, where there are two classes
     val_votes: int = 3  # [1..] of them for the validation of an epoch
     judged: int = 0  # [0..] at most so many images of validation, and of test, drawn by class; 0: all

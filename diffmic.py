@@ -15,7 +15,7 @@ denoised step by step; the class is the largest entry of y_0, or of its mean ove
     L = L_eps + 0.5 (L_MMD^g + L_MMD^l)                                                        eq. 6   `loss`
 
 B images, C classes, K regions (in eq. 5: the kernel), S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar;
-E, D the denoiser's halves, y_0_hat its guess of y_0. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`).
+E, D the denoiser's halves, y_0_hat its guess of y_0. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`); its tau_D, tau_g, tau_l are `DCG`, global_net, local_net.
 
     python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
     python diffmic.py --data ham10000 --root DIR           # the paper's sizes and epochs, for a CUDA GPU

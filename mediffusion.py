@@ -11,7 +11,7 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
     eps' = eps_hat - s sqrt(1 - ab_t) grad_{z_t} log g(y | .), to remove log (1 - g)     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
-B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance. `--labels 0.1` shows a tenth of the labels.
+B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance; the paper's e_nu is `unet.encode`, its g_omega `head`. `--labels 0.1` shows a tenth of the labels.
 
     python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on two CPU cores
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019

@@ -94,7 +94,7 @@ def load_for(config, facts=None):
         few = np.flatnonzero(known), config.labelled_batch, *(name for name in config.few_augment.split(",") if name)
         data.train = dataclasses.replace(data.train, few=few, labels=data.train.labels.copy())
         data.train.labels[~known] = -1
-        data.notes.append(f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it")
+        data.notes = [*data.notes, f"--labels {config.labels}: {known.sum():,} of {len(known):,} training images keep their label; the others are seen without it"]
     judged = getattr(config, "judged", 0)
     for number, part in enumerate(splits.SPLITS[1:] if judged else ()):
         whole = getattr(data, part)

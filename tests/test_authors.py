@@ -359,7 +359,7 @@ def test_the_authors_encode_image_and_label_map_at_every_step_and_we_once_an_ima
     calls.clear()
     for _ in range(3):
         ours = nets.encode(x, batch), nets.label_map(LABELS, (8, 8))
-    assert calls == {"encoder": 6 + 5}
+    assert calls == {"encoder": 16 + 5}                                 # six images, filled up to sixteen, and five classes
     assert torch.allclose(ours[0], theirs[0], rtol=1e-3, atol=1e-4) and close(ours[1], theirs[1])
 
 

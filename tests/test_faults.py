@@ -256,27 +256,34 @@ def note_files(path, real=os.replace):
     os.replace = replace
 
 
-def until_done(fork, out):
-    argv = ["--resume", out] if (out / "last.pt").exists() else [*ARGS, "--output", out]
-    ended = fork(*argv)
-    assert ended.code == 0 and not ended.errors(), ended.err
+def until_done(out):
+    """The command that brings a run to its end."""
+    return ["--resume", out] if (out / "last.pt").exists() else [*ARGS, "--output", out]
 
 
 @pytest.mark.parametrize("when, every", [("half-written", False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in ("half-written", "before", "after"))])
-def test_a_run_killed_at_any_of_its_files_goes_on_to_the_same_end(when, every, reference, fork, tmp_path):
+def test_a_run_killed_at_any_of_its_files_goes_on_to_the_same_end(when, every, reference, tmp_path):
     """kill -9 at the n-th file: when half of its bytes are written, before it gets its name, or just after. Every file, or of each name the middle one."""
     files = reference.with_name("files").read_text().split()
     assert len(files) >= 3 + 2 * EPOCHS + 1, "config, the log and last.pt each epoch, best.pt twice, predictions and metrics"
     by_name = [[n for n, file in enumerate(files, 1) if file == name] for name in dict.fromkeys(files)]
-    for n in range(1, len(files) + 1) if every else [numbers[len(numbers) // 2] for numbers in by_name]:
-        out = tmp_path / f"run{n}"
-        ended = fork(*ARGS, "--output", out, prepare=lambda: kill_at_file(n, when))
-        assert ended.code == -9, f"file {n}: {ended}"
-        if (out / "metrics.json").exists():
-            assert (out / "predictions.csv").exists(), "metrics.json says finished: it must be the last file"
-        until_done(fork, out)
-        assert_same_run(out, reference)
-        shutil.rmtree(out)
+    chosen = range(1, len(files) + 1) if every else [numbers[len(numbers) // 2] for numbers in by_name]
+    for pair in (chosen[i:i + 2] for i in range(0, len(chosen), 2)):    # at once: two cores, and each run takes one
+        outs, streams = [tmp_path / f"run{n}" for n in pair], [tmp_path / f"streams{n}" for n in pair]
+        for folder in streams:
+            folder.mkdir()
+        begun = [launch([*ARGS, "--output", out], folder, prepare=lambda: kill_at_file(n, when)) for n, out, folder in zip(pair, outs, streams)]
+        for n, out, pid, folder in zip(pair, outs, begun, streams):
+            ended = finish(pid, folder)
+            assert ended.code == -9, f"file {n}: {ended}"
+            if (out / "metrics.json").exists():
+                assert (out / "predictions.csv").exists(), "metrics.json says finished: it must be the last file"
+        begun = [launch(until_done(out), folder) for out, folder in zip(outs, streams)]
+        for out, pid, folder in zip(outs, begun, streams):
+            ended = finish(pid, folder)
+            assert ended.code == 0 and not ended.errors(), ended.err
+            assert_same_run(out, reference)
+            shutil.rmtree(out)
 
 
 def random_kills(kills, start, reference, tmp_path, longest, args=ARGS, seed=None):
@@ -457,7 +464,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_file(limit, file, re
     if (tmp_path / "then.pt").exists():
         assert sha256(out / "last.pt") == sha256(tmp_path / "then.pt")
     assert not [p for p in out.iterdir() if p.name.endswith(".tmp")]
-    until_done(fork, out)
+    ended = fork(*until_done(out))
+    assert ended.code == 0 and not ended.errors(), ended.err
     assert_same_run(out, reference)
 
 

@@ -153,6 +153,8 @@ def whole(tmp_path_factory):
         for p in folder / "stored.npz", folder / "deflated.npz":
             found["npz"].append(Case(method, p, words(settings | {"root": p}) + out, [(method, "build", stop)]))
         for name, p in sets:
+            if not hasattr(config, "labels") and (name == "chestxray14" or p.name == "findings.csv"):
+                continue                                                # refused before its images are looked for, whatever they hold
             found["csv"].append(Case(method, p, words(settings | {"data": name, "root": p.parent}) + out,
                                      [(method, "build", stop), (data.cache, "load", undecoded)]))
         for argv in ["predict", "--checkpoint", path, images["png"][0], *out], ["eval", "--checkpoint", path, *out], ["--resume", path.parent], \

@@ -1,10 +1,12 @@
 """README and records hold together; every command in it runs."""
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +246,7 @@ def lesions(tmp_path_factory):
 def run(command, cwd):
     words = shlex.split(command)
     words[1] = str(ROOT / words[1])
-    return subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of_damaged_files():
@@ -260,27 +262,22 @@ def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of
 
 
 def test_the_commands_of_the_readme_run(lesions):
-    """Each command of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file."""
-    small, done = " --limit 64 --epochs 1", []
+    """Each command of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file. Two at a time, first those that train."""
     less = {"symmflow": " --generated 8", "diffclassifier": " --votes 5 --judged 16", "mediffusion": " --explained 2 --draw-steps 5"}   # what comes after training
-    for method in METHODS.split("|"):
-        first = run(f"python {method}.py --output RUN-{method}{small}{less.get(method, '')}", lesions)
-        assert first.returncode == 0, first.stderr
-    for command in dict.fromkeys(c for c in COMMANDS if re.search(rf"({METHODS})\.py", c) and "torchrun" not in c):
-        found = re.search(rf"python ({METHODS})\.py", command)
-        command = command[found.start():].replace("RUN", f"RUN-{found[1]}")
-        if "--data" in command and "DIR" in command:
-            continue                                                    # needs the data; the folder's twin below does without
-        if " eval " in command and "--root" in command:
-            continue
+    train, use = {f"python {method}.py": f" --output RUN-{method}" for method in METHODS.split("|")}, {}
+    for command in (c[re.search(rf"python ({METHODS})\.py", c).start():] for c in COMMANDS if re.search(rf"({METHODS})\.py", c) and "torchrun" not in c):
+        if "--data" in command and "DIR" in command or " eval " in command and "--root" in command:
+            continue                                                    # needs the data; the folder's twin does without
         trains = not re.search(r" (eval|predict|explain|sample) |--help|--resume", command)
-        output = f" --output out{len(done)}" if trains and "--output" not in command else ""
-        result = run(command + (small + less.get(found[1], "") if trains else "") + output, lesions)
-        assert result.returncode == 0, (command, result.stderr)
-        assert "Traceback" not in result.stderr
-        done.append(command)
-    assert any("--data folder" in c for c in done) and any("predict" in c for c in done) and any(c.endswith("--resume RUN-diffmic") for c in done)
-    assert any("symmflow.py sample" in c for c in done) and any("symmflow.py explain" in c for c in done)
+        (train if trains else use).setdefault(command, f" --output out{len(train)}" if trains and "--output" not in command else "")
+    for commands, small in (train, " --limit 64 --epochs 1"), (use, ""):
+        with ThreadPoolExecutor(2) as pool:
+            whole = [c.replace("RUN/", f"RUN-{m}/").replace("--resume RUN", f"--resume RUN-{m}") + (small and small + less.get(m, "")) + output
+                     for c, output in commands.items() for m in [re.search(METHODS, c)[0]]]
+            for command, result in zip(whole, pool.map(lambda c: run(c, lesions), whole)):
+                assert result.returncode == 0 and "Traceback" not in result.stderr, (command, result.stderr)
+    assert any("--data folder" in c for c in train) and any("predict" in c for c in use) and any("--resume RUN" in c for c in use)
+    assert any("symmflow.py sample" in c for c in use) and any("symmflow.py explain" in c for c in use)
 
 
 def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
