@@ -1315,7 +1315,7 @@ def toy_run(tmp_path_factory):
                                       (diffmic, "evaluate", watched_evaluate), (run, "update_ema", watched_average)):
             m.setattr(owner, name, function)
         m.setattr(run.score, "__defaults__", (None, 5))                  # resamples of the intervals
-        config = configure(data="toy", device="cpu", size=28, limit=640, epochs=8, pretrain_epochs=2, batch_size=16, timesteps=50, steps=10, samples=8,
+        config = configure(data="toy", device="cpu", size=28, limit=640, epochs=4, pretrain_epochs=2, batch_size=16, timesteps=50, steps=10, samples=8,
                            hidden=64, lr=2e-2, guide_lr=4e-3, mmd_weight=0., baseline=False, output=str(tmp_path_factory.mktemp("run") / "toy"))
         result = diffmic.train(config)
     vars(kept["data"].test).pop("log")
@@ -1335,7 +1335,7 @@ def test_the_test_images_are_not_looked_at_before_training_is_over(toy_run):
     first, last = log.index("step"), len(log) - 1 - log[::-1].index("epoch")
     assert "test images" not in log[:last]                               # the labels are counted once, in the first lines printed
     assert not any(event.startswith("test") for event in log[first:last]) and "test images" in log[last:]
-    assert log.count("epoch") == 10 and log.count("step") == 10 * 40
+    assert log.count("epoch") == 6 and log.count("step") == 6 * 40
 
 
 def test_what_is_evaluated_is_the_moving_average_and_never_the_raw_weights(toy_run):
@@ -1363,7 +1363,7 @@ def test_corrupt_raw_weights_do_not_change_what_is_evaluated(toy_run):
 
 def test_the_moving_average_starts_again_where_the_diffusion_does(toy_run):
     counts = [n for *_, n in toy_run["averaged"]]
-    assert counts[:80] == list(range(80)) and counts[80:] == list(range(320))       # two epochs of warm-up, eight joint
+    assert counts[:80] == list(range(80)) and counts[80:] == list(range(160))       # two epochs of warm-up, four joint
 
 
 def test_a_saved_run_loads_to_networks_with_identical_predictions(toy_run):
