@@ -459,7 +459,7 @@ FIVE = "is ahead of five ResNets that share one's passes"
 PLUS = "is ahead with recipe plus of itself with recipe paper"
 FEW = [*(f"pneumoniamnist-{share}" for share in SHARES), "ham10000-0.1"]
 CLAIMS = {                                                              # (it .., in what, its cells, those it is set against)
-    "DiffMIC": [*((words, "macro F1", [f"diffmic-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
+    "DiffMIC": [(FIVE, "AUROC", [f"diffmic-{data}" for data in REAL], [f"resnets-{data}" for data in REAL]), *((words, "macro F1", [f"diffmic-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
                 (PLUS, "macro F1", [f"diffmic-{data}" for data in REAL], [f"diffmic-{data}-paper" for data in REAL]),
                 *((words, "macro F1", [f"diffmic-retinamnist{one}"], [f"diffmic-retinamnist-{other}"]) for words, one, other in (
                     ("is ahead of its guide alone", "", "dcg"), ("is ahead of itself without the MMD (C2)", "", "c2"), ("is without the MMD ahead of itself without a guide, too (C1)", "-c2", "c1"),
@@ -469,9 +469,11 @@ CLAIMS = {                                                              # (it ..
                     ("is ahead with one-hot codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-map"], ["symmflow-retinamnist-rgb"]),
                     ("is ahead with grey codes of itself with the paper's palette", "AUROC", ["symmflow-retinamnist-grey"], ["symmflow-retinamnist-rgb"])],
     "The diffusion classifier": [*((words, "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
-                                 ("is ahead of a ResNet-18 whose classes are taken to be equally frequent, too", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}/shares" for data in REAL]),
+                                 (FIVE, "AUROC", [f"diffclassifier-{data}" for data in REAL], [f"resnets-{data}" for data in REAL]),
+                                 *((f"is ahead of {words} whose classes are taken to be equally frequent, too", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"{other}-{data}/shares" for data in REAL])
+                                   for words, other in (("a ResNet-18", "resnet"), ("five ResNets", "resnets"))),
                                  ("tells its errors from its right answers better than a ResNet-18", "AUROC of its errors", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
-                                 (PLUS + ", whose network calls are four times as many", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
+                                 (PLUS + ", whose network calls are four times as many, after half as much training", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
     "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
                     *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
@@ -546,47 +548,61 @@ def place(cell):
 
 
 def sentences(methods=CLAIMS, only=None):
-    """The verdicts on CLAIMS, a sentence each, as a list in Markdown."""
+    """The verdicts on CLAIMS, a sentence each, as a list in Markdown; of those without a record, that they were not measured."""
     found, lines = json.loads((RESULTS / "differences.json").read_text())["claims"], []
     for method in methods:
         for words, score, *_ in CLAIMS[method]:
             rows = [row for row in found if (row["method"], row["claim"], row["score"]) == (method, words, score)]
-            if rows and (only is None or words in only):
-                seeds = lambda row: "" if len(row["by_seed"]) == 3 else f" (seeds: {len(row['by_seed'])})"
-                each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}{seeds(row)}" for row in rows]
-                lines.append(f"- {method} {words}, in {score}: {'; '.join(each)}.")
+            each = [f"{place(row['one'])} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]: {verdict(row)}{seeds(row['by_seed'])}" for row in rows]
+            if only is None or words in only:
+                lines.append(f"- {method} {words}, in {score}: {'; '.join(each) or 'not measured yet'}.")
     return "\n".join(lines)
+
+
+def seeds(found):
+    """How many, where they are not three."""
+    return "" if len(found) == 3 else f" ({len(found)} seed{'s' * (len(found) > 1)})"
 
 
 def interval(found):
     """As the tables print a difference; in bold where the interval leaves out 0."""
-    text = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    text = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{seeds(found['by_seed'])}"
     return f"**{text}**" if found["low"] * found["high"] > 0 else text
 
 
+def on_test(cell):
+    """A cell's test scores, a dict a seed; its AURC ranks by the largest p, as those of its controls and the differences do."""
+    largest = [{"aurc": -SCORES["AURC"](y, p)} for _, (_, y, p) in sorted(said(cell).items())]
+    return [record["test"] | mine for record, mine in zip(records(cell), largest)]
+
+
+PARTS = {"diffmic": {"guide": "its guide alone"}, "diffclassifier": {"rule majority": "by votes", "rule mean": "by mean errors"}}
+
+
 def side_table(data):
-    """The four methods, one ResNet and five on one test split: mean and sd over seeds, and what each costs."""
+    """The four methods, one ResNet and five on one test split: mean and sd over seeds, and what each costs; below a method what its own parts say."""
     lines = ["| | accuracy | balanced | macro F1 | AUROC | ECE | AURC | s to train | ms an image | parameters |", "|---|" + "---|" * 9]
-    for name in ("resnet", "resnets", *(f"{method}{recipe}" for method in FOR_ALL for recipe in ("", "-paper"))):
-        name, _, recipe = name.partition("-")
-        if found := records(f"{name}-{data}{'-' * bool(recipe)}{recipe}"):
+    for name, recipe in (("resnet", ""), ("resnets", ""), *((method, recipe) for method in FOR_ALL for recipe in ("", "-paper"))):
+        found, title = records(f"{name}-{data}{recipe}"), NAMES[name] + ", recipe paper" * bool(recipe)
+        parts = {words: of for part, words in PARTS.get(name, {}).items() if len(of := [r["baselines"][part] for r in found if part in r.get("baselines", ())]) == len(found)}
+        for words, of in ({"": on_test(f"{name}-{data}{recipe}")} | parts if found else {}).items():
             cells = []
             for key in ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "aurc"):
-                v = [r["test"][key] for r in found]
+                v = [test[key] for test in of]
                 cells.append(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else ""))
-            cost = f"{np.mean([r['seconds'] for r in found]):.0f} | {np.mean([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
-            lines.append(f"| {NAMES[name]}{', recipe paper' * bool(recipe)} | {' | '.join(cells)} | {cost} |")
+            cost = " |  | " if words else f"{np.median([r['seconds'] for r in found]):.0f} | {np.median([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
+            lines.append(f"| {title}{': ' * bool(words)}{words}{seeds(found)} | {' | '.join(cells)} | {cost} |")
     return "\n".join(lines)
 
 
 def all_sides_table():
-    """The README's: on each of REAL, mean over seeds of what a user asks first, in recipe plus."""
+    """The README's: on each of REAL, mean over seeds of what a user asks first, in recipe plus; of the costs the median."""
     keys, done = {"balanced accuracy": "balanced_accuracy", "AUROC": "auroc", "AURC": "aurc"}, [data for data in REAL if records(f"resnet-{data}")]
     lines = ["| | " + " | ".join(f"{SHOWN[data]}: {key}" if i == 0 else key for data in done for i, key in enumerate(keys)) + " | s to train | ms an image |", "|---|" + "---|" * (3 * len(done) + 2)]
     for name in ("resnet", "resnets", *FOR_ALL):
         found = [records(f"{name}-{data}") for data in done]
-        cells = [f"{np.mean([r['test'][key] for r in of]):.3f}" if of else "" for of in found for key in keys.values()]
-        costs = [" / ".join(f"{np.mean([r[key] for r in of]):.{digits}f}" for of in found if of) for key, digits in (("seconds", 0), ("ms_an_image", 1))]
+        cells = [f"{np.mean([test[key] for test in of]):.3f}{seeds(of) if i == 0 else ''}" if of else "" for of in (on_test(f"{name}-{data}") for data in done) for i, key in enumerate(keys.values())]
+        costs = [" / ".join(f"{np.median([r[key] for r in of]):.{digits}f}" for of in found if of) for key, digits in (("seconds", 0), ("ms_an_image", 1))]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells + costs)} |")
     return "\n".join(lines)
 
@@ -598,7 +614,7 @@ def verdicts_table():
     of = lambda ones, score, other: " / ".join(interval(row) for row in found if row["score"] == score and row["one"] in ones and re.fullmatch(other, row["other"]))
     rows = [(method, score, ones) for method, claims in CLAIMS.items() for words, score, ones, _ in claims if words == RESNET]
     for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
-        cells = [of(ones, score, other) for other in (r"resnet-\w+(-0\.\d+)?", "resnets-.*", ".*-paper")]
+        cells = [of(ones, score, other) for other in (r"resnet-\w+(-0\.\d+)?", r"resnets-\w+", ".*-paper")]
         if any(cells):
             lines.append(f"| {method} | {score} | {' | '.join(cell or 'not claimed' for cell in cells)} |")
     return "\n".join(lines)

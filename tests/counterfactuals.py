@@ -177,15 +177,15 @@ def counterfactuals(folder, n=64, boxed=False):
 
 def counterfactuals_table(record, arms=("plus", "the paper's")):
     """The README's table: what the judge says, and where the change is; Diff = counterfactual - control."""
-    lines = ["| | judge: image | control | counterfactual | Diff | Other diff of means | of sizes | own answer as aimed at | change in the box | in a random box |"]
-    lines.append("|---" * 10 + "|")
+    lines = ["| | images | judge: image | control | counterfactual | Diff | Other diff of means | of sizes | own answer as aimed at | change in the box | in a random box |"]
+    lines.append("|---" * 11 + "|")
     for arm in arms:
         for what, row in record["arms"][arm]["rows"].items():
             if "refused" in row:
-                lines.append(f"| {arm}: {what} | refused: {row['refused']} |" + " |" * 8)
+                lines.append(f"| {arm}: {what} | refused: {row['refused']} |" + " |" * 9)
                 continue
             judge, boxes = row["judge"], [f"{row[key]:.2f}" if key in row else "" for key in ("in_box", "in_random_box")]
-            lines.append(f"| {arm}: {what} | {judge['image']:.2f} | {judge['control']:.2f} | {judge['guided']:.2f} | {judge['diff']:+.2f} | "
+            lines.append(f"| {arm}: {what} | {row['images']} | {judge['image']:.2f} | {judge['control']:.2f} | {judge['guided']:.2f} | {judge['diff']:+.2f} | "
                          f"{judge['other_diff']:.2f} | {judge['other_abs']:.2f} | {row['flipped']:.2f} (control {row['flipped_by_control']:.2f}) | "
                          f"{' | '.join(boxes)} |")
     return "\n".join(lines)
