@@ -341,7 +341,7 @@ def file_id(path):
 
 def names_of(paths, config):
     """By which names the noise of a user's files is drawn: below the root of the run's own folder as there, else without folder and suffix."""
-    root = Path(config.root).resolve() if config.data == "folder" else None
+    root = Path(config.root).resolve() if config.data == "folder" and config.root else None
     return [full.relative_to(root).as_posix() if root in (full := Path(path).resolve()).parents else Path(path).stem for path in paths]
 
 
@@ -651,7 +651,8 @@ def load_checkpoint(path, method):
     facts, ema = content["facts"], content["ema"]
     if not holds(content["config"], {"data": str, "root": str}) or not holds(facts, {"classes": list, "channels": int, "multilabel": bool}) \
             or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) \
-            or not all(map(torch.is_tensor, [*ema.values(), facts.get("seen", torch.empty(0))])):
+            or not all(map(torch.is_tensor, ema.values())) \
+            or not holds({"seen": torch.empty(0), "root": "", "border": 0} | facts, {"seen": torch.Tensor, "root": str, "border": int}) or facts.get("border") not in (None, 0, 2):
         raise alien
     return content
 

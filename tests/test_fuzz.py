@@ -233,8 +233,9 @@ def test_of_three_thousand_damaged_files_none_ends_otherwise(whole):
 
 ALIEN = [lambda c: c["facts"].clear(), lambda c: c["facts"].update(classes=[]), lambda c: c["facts"].update(classes=[1, 2]),
          lambda c: c["facts"].update(channels="3"), lambda c: c["config"].pop("root"), lambda c: c["config"].update(data=torch.ones(2)),
+         lambda c: c["facts"].update(border=10 ** 9), lambda c: c["facts"].update(border=torch.ones(2)), lambda c: c["facts"].update(root=7), lambda c: c["facts"].update(seen=[1]),
          lambda c: c["ema"].update({7: torch.ones(2)}), lambda c: c["ema"].update({next(iter(c["ema"])): 3})]
-OTHER_VERSION = [lambda c: c.pop("threads"), lambda c: c.update(threads="2"), lambda c: c["position"].pop("history"), lambda c: c["position"].update(sums=[]),
+OTHER_VERSION = [lambda c: c["facts"].update(images=3), lambda c: c.pop("threads"), lambda c: c.update(threads="2"), lambda c: c["position"].pop("history"), lambda c: c["position"].update(sums=[]),
                  lambda c: c["nets"].popitem(), lambda c: c.update(nets=3), lambda c: c["optimizer"].pop("param_groups"), lambda c: c.update(optimizer=None)]
 
 
