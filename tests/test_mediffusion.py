@@ -1143,7 +1143,7 @@ def test_what_the_judge_does_not_know_is_refused_and_the_table_says_so(monkeypat
     rows = record["arms"]["as configured"]["rows"]
     assert "under 0.75" in rows["remove b"]["refused"] and "refused" in rows["enforce b"] and record["judge"]["val_auroc"]["b"] < .75
     table = counterfactuals.counterfactuals_table(record, record["arms"]).splitlines()
-    assert len(table) == 8 and {line.count("|") for line in table} == {11} and sum("refused: the judge's AUROC of b is 0." in line for line in table) == 2
+    assert len(table) == 8 and {line.count("|") for line in table} == {12} and sum("refused: the judge's AUROC of b is 0." in line for line in table) == 2
     assert counterfactuals.samples_table(record).count("\n") == 4 and counterfactuals.box_plots(tmp_path / "boxes.png", rows).exists() and opened(tmp_path)
     json.dumps(record)
 
