@@ -66,7 +66,7 @@ METHOD = "diffclassifier"
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the authors' code's, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the authors' code's, but for the list above. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, chexpert, isic2020, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME

@@ -11,7 +11,8 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
     eps' = eps_hat - s sqrt(1 - ab_t) grad_{z_t} log g(y | .), to remove log (1 - g)     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
-B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance; the paper's e_nu is `unet.encode`, its g_omega `head`. `--labels 0.1` shows a tenth of the labels.
+B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance; the paper's e_nu is `unet.encode`,
+its g_omega `head`. `--labels 0.1` shows a tenth of the labels.
 
     python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on two CPU cores
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019
@@ -45,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.autoencoder import AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, gan_losses, gan_weight, once, reconstruction_loss, sample
+from common.autoencoder import AutoencoderKL, Discriminator, Perceptual, adaptive_weight, autoencoder_from, encode_once, gan_losses, gan_weight, reconstruction_loss, sample
 from common.resnet import ResNet
 from common.unet import UNet
 from data import Batches, DataError, load_for, mirrored, read_split, shortcut
@@ -399,7 +400,7 @@ class Networks(nn.Module):
             mean, logvar = (part.float() for part in self.autoencoder.encode(self.as_seen(x)))
         else:
             keys = (batch.index * 4 + batch.variant).tolist()
-            mean, logvar = once(lambda x: torch.stack(self.autoencoder.encode(self.as_seen(x)), 1), x, keys, self.known).unbind(1)
+            mean, logvar = encode_once(lambda x: torch.stack(self.autoencoder.encode(self.as_seen(x)), 1), x, keys, self.known).unbind(1)
         return (sample(mean, logvar, torch.randn_like(mean)) if noise else mean) * self.latent_scale
 
     def decoded(self, z):

@@ -63,7 +63,7 @@ METHOD = "symmflow"
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the paper's, the authors' code's where it is silent, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the paper's or its code's, but for the list above. SMALL, PLUS, BY_DATA replace some; the command line wins."""
     # --- data ---
     data: str = "toy"  # data set: toy, ham10000, retinamnist and other MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME

@@ -186,9 +186,9 @@ def autoencoder_from(weights):
     return net.eval().requires_grad_(False)
 
 
-def once(encode, x, keys, known):
-    """encode(x) of images x (B, ...), float32: of those whose key, one an image, `known` lacks, and kept there in half precision. Sixteen at a time, the
-    last filled up: so a run that is resumed, and misses others, rounds alike."""
+def encode_once(encode, x, keys, known):
+    """Latents of images x (B, ...), float32. Only those are encoded whose key, one an image, is not in the dict `known`, which keeps them in half precision;
+    sixteen at a time, the last filled up, so that a resumed run, which lacks others, rounds alike."""
     if new := [i for i, key in enumerate(keys) if key not in known]:
         rows = (new * 16)[:-(-len(new) // 16) * 16]
         found = torch.cat([encode(x[rows[i:i + 16]]) for i in range(0, len(rows), 16)]).half().cpu()
@@ -222,7 +222,7 @@ class Codec:
         Those with a key, one an image, are computed once and kept in half precision."""
         if len(keys) == 0:
             return self.net.to(x.device).encode(x.expand(-1, self.channels, -1, -1))[0].float()
-        return once(self.encode, x, keys, self.known)
+        return encode_once(self.encode, x, keys, self.known)
 
     @torch.no_grad()
     def decode(self, z, channels=0):

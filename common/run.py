@@ -224,7 +224,8 @@ def evaluate_command(method, checkpoint, output="", **given):
 
 def seen_before(facts, ids):
     """[a warning] where a run has learned from images of these names, or was selected by them."""
-    n = sum(map(set(facts.get("seen", torch.empty(0)).tolist()).__contains__, (seed_of("image", name) for name in ids)))
+    seen = set(facts["seen"].tolist()) if "seen" in facts else set()
+    n = sum(seed_of("image", name) in seen for name in ids)
     return [f"WARNING: {n:,} of these {len(ids):,} images have the names of images that the run learned from or was selected by. If they are the same, the numbers "
             "below are too good: give --root and --split as in training, or images that it has not seen"] * (n > 0)
 
@@ -340,7 +341,7 @@ def file_id(path):
 
 
 def names_of(paths, config):
-    """By which names the noise of a user's files is drawn: below the root of the run's own folder as there, else without folder and suffix."""
+    """The names by which the noise of a user's files is drawn: of a file in the run's own folder its id there, of others the name without folder and suffix."""
     root = Path(config.root).resolve() if config.data == "folder" and config.root else None
     return [full.relative_to(root).as_posix() if root in (full := Path(path).resolve()).parents else Path(path).stem for path in paths]
 
@@ -650,9 +651,9 @@ def load_checkpoint(path, method):
         raise UserError(f"{path}: written by a newer version of this project (format {content['format']}): update")
     facts, ema = content["facts"], content["ema"]
     if not holds(content["config"], {"data": str, "root": str}) or not holds(facts, {"classes": list, "channels": int, "multilabel": bool}) \
-            or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) \
-            or not all(map(torch.is_tensor, ema.values())) \
-            or not holds({"seen": torch.empty(0), "root": "", "border": 0} | facts, {"seen": torch.Tensor, "root": str, "border": int}) or facts.get("border") not in (None, 0, 2):
+            or not facts["classes"] or not all(isinstance(x, str) for x in [*facts["classes"], *ema]) or not all(map(torch.is_tensor, ema.values())) \
+            or not holds({"seen": torch.empty(0), "root": "", "border": 0} | facts, {"seen": torch.Tensor, "root": str, "border": int}) \
+            or facts.get("border", 0) not in (0, 2):
         raise alien
     return content
 
@@ -746,13 +747,13 @@ class State:
     def load(self, path):
         content = load_checkpoint(path, self.method)
         try:
+            then, now = (facts.get("images") for facts in (content["facts"], self.facts))
+            if then and now and then != now:
+                counts = ", ".join(f"{k} {then[k][0]:,}, now {now[k][0]:,}" for k in now)
+                raise UserError(f"{path}: the images, their labels or splits are others than when the run began: {counts}; restore them, or begin a new run")
             self.nets.load_state_dict(content["nets"])
             self.ema.load_state_dict(content["ema"])
             self.optimizer.load_state_dict(content["optimizer"])
-            then, now = (facts.get("images") for facts in (content["facts"], self.facts))
-            if then and now and then != now:
-                raise UserError(f"{path}: the images, their labels or splits are others than when the run began: " + ", ".join(
-                    f"{k} {then[k][0]:,}, now {now[k][0]:,}" for k in now) + "; restore them, or begin a new run")
             for k in self.POSITION:
                 setattr(self, k, content["position"][k])
             device, threads = next(self.nets.parameters()).device, content["threads"]
@@ -850,12 +851,12 @@ def load_init(nets, path, method, leave="", whole="", **same):
 # ----------------------------------------------------------------------------- report
 
 def facts_of(data, config):
-    """What a checkpoint keeps of its data: classes, channels, multilabel, border, notes, root, `seen` (63 bits of the name of every image that is learned
-    from or selected by), and of each split the number of images and a digest of names and labels."""
+    """What a checkpoint keeps of its data: classes, channels, multilabel, border and notes as in the DataSet; root, absolute; `seen`, 63 bits of the name of
+    each image that is learned from or selected by; `images`, {split: [how many, a digest of names and labels]}."""
     splits = {name: getattr(data, name) for name in ("train", "val", "test")}
-    digest = lambda split: f"{seed_of(*split.ids, *map(str, split.labels.tolist())):016x}"
-    return dict(classes=data.classes, channels=data.channels, multilabel=data.multilabel, border=data.border, notes=data.notes, root=config.root and os.path.abspath(config.root),
-                seen=torch.tensor([seed_of("image", name) for name in data.train.ids + data.val.ids]), images={k: [len(s), digest(s)] for k, s in splits.items()})
+    known = {name: getattr(data, name) for name in ("classes", "channels", "multilabel", "border", "notes")}
+    return known | dict(root=config.root and os.path.abspath(config.root), seen=torch.tensor([seed_of("image", name) for name in data.train.ids + data.val.ids]),
+                        images={name: [len(split), str(seed_of(*split.ids, *split.labels.tolist()))] for name, split in splits.items()})
 
 
 def describe(out, config, data, method, nets, device):

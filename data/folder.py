@@ -84,13 +84,11 @@ def _multilabel(root, path, split, test_only, skip_bad, notes):
         raise DataError(missing_columns(path, columns, "file and, once each, a column of 0 and 1 for every finding"))
     labels, missing, find = {}, [], _finder(root, images, path)
     for number, cells in rows:
-        try:
-            for name in classes:
-                {0: 0, 1: 1}[float(cells[name.lower()])]
-        except (ValueError, KeyError):
+        label = tuple(_binary(cells[name.lower()]) for name in classes)
+        if None in label:
+            name = classes[label.index(None)]
             raise DataError(f"{path}: line {number}: {name} is {cells[name.lower()] or 'empty'}: every column but file is a finding, each 0 or 1; patients belong "
-                            "into groups.csv (file,group), and for one class an image there are class folders") from None
-        label = tuple(int(float(cells[name.lower()])) for name in classes)
+                            "into groups.csv (file,group), and for one class an image there are class folders")
         image = find(cells["file"], number)
         if image is None:
             missing.append(cells["file"])
@@ -154,8 +152,16 @@ def _check_classes(root, records, classes, carved):
             raise DataError(f"{root}: {part} lacks the class {_list(lacking)} (images of {lacking[0]}: {counts}); {remedy}")
 
 
+def _binary(cell):
+    """0 or 1, also of 1.0; None of anything else."""
+    try:
+        return {0: 0, 1: 1}.get(float(cell))
+    except ValueError:
+        return None
+
+
 def _alike(folders):
-    """The names that the folders within each of these have in common, if several do: then these are splits or sites, and those perhaps the classes."""
+    """The names of folders that are in each of these: perhaps the classes, and these splits or hospitals."""
     inside = [{p.name for p in _folders(folder)} for folder in folders]
     return sorted(set.intersection(*inside)) if len(inside) > 1 else []
 

@@ -88,6 +88,23 @@ def test_differences_are_those_of_the_records():
         assert again["mean"] == pytest.approx(row["mean"], abs=1e-9) and again["by_seed"] == pytest.approx(row["by_seed"], abs=1e-9) and row["low"] <= row["high"], row
 
 
+def test_what_the_pages_say_in_words_is_in_the_records():
+    claimed = {(row["claim"], row["one"]): row["mean"] for row in json.loads((claims.RESULTS / "differences.json").read_text())["claims"]}
+    one, five = (claimed[f"is ahead of {words} whose classes are taken to be equally frequent, too", "diffclassifier-pneumoniamnist"] for words in ("a ResNet-18", "five ResNets"))
+    assert f"it is ahead by {one:+.3f} (one) and {five:+.3f} (five)".replace("+0", "+") in README
+    ours, guides = (np.array([of(r)["f1_macro"] for end in ("", "-paper") for data in ("retinamnist", "pneumoniamnist") for r in claims.records(f"diffmic-{data}{end}")])
+                    for of in (lambda r: r["test"], lambda r: r["baselines"]["guide"]))
+    assert "`plus` is below its own guide in five of six runs at 32 px, `paper` far below" in README and (ours < guides)[:6].sum() == 5 and (guides - ours)[6:].min() > .05
+    rules = [r["baselines"] | {f"rule {'majority' if end else 'learned'}": r["test"]} for end in ("", "-paper") for data in ("retinamnist", "pneumoniamnist")
+             for r in claims.records(f"diffclassifier-{data}{end}")]
+    assert "on real images [means are ahead]" in README and all(r["rule mean"]["accuracy"] > r["rule majority"]["accuracy"] for r in rules) and len(rules) == 12
+    weak, strong = ([f"{r['val_auroc']:.3f}"[1:] for r in claims.records(f"joint-pneumoniamnist-0.1{end}")] for end in ("-weak", ""))
+    assert f"({', '.join(weak)} to {', '.join(strong)})" in README and all(a > b for a, b in zip(weak, strong))
+    arms = json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())["arms"]
+    slower = [row["seconds_an_image"] / arms["plus"]["rows"][what]["seconds_an_image"] for what, row in arms["the paper's"]["rows"].items()]
+    assert f"which take {min(slower):.0f} to {max(slower):.0f} times as long" in README
+
+
 @pytest.mark.parametrize("method", [diffmic], ids=lambda m: m.METHOD)
 def test_the_ideas_in_the_docstring_have_the_numbers_of_their_records(method):
     given = re.findall(r"  (plus|picked|its base|--\S+(?: [a-z0-9.]+)?) +(\.\d{3})  (\.\d{3})", method.__doc__)

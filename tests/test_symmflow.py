@@ -1089,7 +1089,8 @@ def test_latents_of_training_images_are_computed_once_a_variant_and_kept_in_half
     for epoch in range(40):
         for part in Batches(split, 4, train=True, augment=augmentations, start=epoch * 3):
             nets.encode(part.x, part)
-    assert len(nets.codec.known) == 10 * variants and calls["encoder"] % 16 == 0 and not calls.clear()       # sixteen at a time
+    assert len(nets.codec.known) == 10 * variants and calls["encoder"] % 16 == 0         # sixteen at a time, the last filled up
+    calls.clear()
     for part in Batches(split, 4, train=True, augment=augmentations, start=40 * 3):
         nets.encode(part.x, part)
     assert not calls
