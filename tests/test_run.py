@@ -884,6 +884,10 @@ def test_a_gpu_is_chosen_by_its_number_which_set_device_asks_for(asked, number, 
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *given, **more: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
-    for module, name in ((torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"), (torch.backends.cudnn, "benchmark")):
-        monkeypatch.setattr(module, name, getattr(module, name))        # put back afterwards
-    assert run.start(diffmic.configure(data="toy", device=asked)) == torch.device("cuda", number) and chosen == [number]
+    switches = [(module, name, getattr(module, name)) for module, name in
+                ((torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"), (torch.backends.cudnn, "benchmark"))]
+    try:
+        assert run.start(diffmic.configure(data="toy", device=asked)) == torch.device("cuda", number) and chosen == [number]
+    finally:
+        for switch in switches:                                         # monkeypatch (pytest 9.2) would delete what such a module only looks up
+            setattr(*switch)
