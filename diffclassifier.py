@@ -15,7 +15,7 @@ time the class with the least error has a vote. Classes share the noise, so that
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), rows summed in float32, these in float64. `survivors` stops early.
 
-    python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on two CPU cores
+    python diffclassifier.py                                  # toy lesions: trains and classifies in minutes on a CPU
     python diffclassifier.py --data chexpert --root DIR --split paper       # the paper's sizes, for a CUDA GPU; its other network: --backbone dit
     python diffclassifier.py eval --checkpoint RUN/best.pt --rule majority --stop 1e-3
     python diffclassifier.py predict --checkpoint RUN/best.pt a.jpg folder/
@@ -78,7 +78,7 @@ class Config:
     augment: str = ""  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often in training; probabilities of the plain ResNet then take the classes' shares into account
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on a CPU; not given: small for toy data
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
@@ -615,10 +615,10 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
             heat = evidence(nets, config, x, name, best, second)
         tiles = {f"image {name}": plots.overlay(image)}
         tiles |= {f"denoised as {classes[k]}, p {p[i, k]:.3f}": plots.overlay(picture) for k, picture in zip(shown, drawn)}
-        tiles[f"evidence for {classes[best]} against {classes[second]}: red for, blue against"] = plots.signed(heat)
+        tiles[f"evidence for {classes[best]} against {classes[second]}: orange for, blue against"] = plots.signed(heat)
         for what, picture in zip(["image minus denoised as", *[f"{classes[k]} minus" for k in shown[1:]]], [image, *drawn[1:]]):
             difference = picture.mean(0) - drawn[0].mean(0)
-            tiles[f"{what} {classes[best]}: red lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most"] = plots.signed(difference)
+            tiles[f"{what} {classes[best]}: orange lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most"] = plots.signed(difference)
         plots.explanation(out / f"{i:04d}-{run.file_name(name)}.png", f"{classes[best]}{f' (true: {classes[split.labels[i]]})' * bool(split.labels[i] >= 0)}, by --rule {config.rule}", tiles,
                           [(dict(zip(classes, ((np.arange(1, config.votes + 1), v) for v in votes[i]))), "Votes as they come in", "noise levels", "votes")],
                           [f"votes of {votes[i, :, -1].sum():.0f} noise levels: " + ", ".join(f"{c} {v:.0f}" for c, v in zip(classes, votes[i, :, -1]))], len(shown) + 1)

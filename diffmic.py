@@ -17,7 +17,7 @@ denoised step by step; the class is the largest entry of y_0, or of its mean ove
 B images, C classes, K regions (in eq. 5: the kernel), S draws, F = 6144 hidden units; t = 0..T-1 stands for the paper's 1..T; ab = alpha_bar;
 E, D the denoiser's halves, y_0_hat its guess of y_0. f is the priors' mean here; the paper's f(.), a linear layer, is proj (`Denoiser.lin1`); its tau_D, tau_g, tau_l are `DCG`, global_net, local_net.
 
-    python diffmic.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
+    python diffmic.py                                      # toy lesions: trains and evaluates in minutes on a CPU
     python diffmic.py --data ham10000 --root DIR           # the paper's sizes and epochs, for a CUDA GPU
     python diffmic.py --data folder --root DIR --scale small      # your own images, a folder per class
     python diffmic.py eval --checkpoint RUN/best.pt
@@ -89,7 +89,7 @@ class Config:
     augment: str = "hflip,rotate"  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on a CPU; not given: small for toy data
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the guide's backbones
     init: str = ""  # checkpoint of another run to start from (fine-tuning)

@@ -14,7 +14,7 @@ the classifier's gradient leads the reverse process: a counterfactual is the ima
 B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance; the paper's e_nu is `unet.encode`,
 its g_omega `head`. `--labels 0.1` shows a tenth of the labels.
 
-    python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on two CPU cores
+    python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on a CPU
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019
     python mediffusion.py predict --checkpoint RUN/best.pt a.png folder/
     python mediffusion.py explain --checkpoint RUN/best.pt --target Cardiomegaly --remove a.png
@@ -70,7 +70,7 @@ class Config:
     augment: str = "hflip"  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often, of the images with labels; probabilities are not corrected for it
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on a CPU; not given: small for toy data
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)
@@ -723,7 +723,7 @@ def explain_command(checkpoint, paths=(), limit=0, target="", remove=False, enfo
         seen = changed(nets, config, part, k, to, device)
         found, boxes = judged(seen, k, to, boxes_of(part, k)), boxes_of(part, k)
         captions = [f"image {name}", "through autoencoder and noise, without guidance", f"guided {'to' if to else 'away from'} {classes[k]}",
-                    f"what guidance changed: red lighter, blue darker, {255 * found['change']:.1f} of 255 on average"]
+                    f"what guidance changed: orange lighter, blue darker, {255 * found['change']:.1f} of 255 on average"]
         lines = [f"{model}: p of {classes[k]} {of['image']:.3f}, without guidance {of['control']:.3f}, guided {of['guided']:.3f}; others moved by {of['other_abs']:.3f}"
                  for model, of in found.items() if isinstance(of, dict)]
         lines += [f"{found['in_box']:.0%} of the change is in the box, which is {found['box_area']:.0%} of the area"] if "in_box" in found else []

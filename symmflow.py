@@ -12,7 +12,7 @@ both. Followed from t = 1 to 0 it turns the image into its label map: the class;
     d_k = mean over pixels |y_0(p) - c_k|;  the class is the nearest colour, d its uncertainty         `distances`
 B images, K classes, D channels of c_k, the colour of class k, S draws of noise; s: --sigma-min. One step of an exact flow ends at sum_k p(k | x) c_k.
 
-    python symmflow.py                                      # toy lesions: trains and evaluates in minutes on two CPU cores
+    python symmflow.py                                      # toy lesions: trains and evaluates in minutes on a CPU
     python symmflow.py --data retinamnist --root DIR --scale small
     python symmflow.py predict --checkpoint RUN/best.pt a.jpg folder/
     python symmflow.py sample --checkpoint RUN/best.pt --label 3 -n 64
@@ -75,7 +75,7 @@ class Config:
     augment: str = "hflip,vflip"  # of training images: hflip, vflip, rotate (30 degrees), strong (half of them moved, covered, of other contrast), joined by commas
     balanced: bool = False  # draw every class equally often in training; probabilities then take the classes' shares into account
     # --- model ---
-    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on two CPU cores; not given: small for toy data
+    scale: Literal["paper", "small"] = "paper"  # the paper's sizes for a GPU, or minutes on a CPU; not given: small for toy data
     recipe: Literal["paper", "plus"] = "paper"  # as the paper says, or with this project's improvements; not given: plus at scale small
     pretrained: str = ""  # file of ImageNet weights (torchvision's keys) for the plain ResNet
     init: str = ""  # checkpoint of another run to start from (fine-tuning)

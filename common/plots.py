@@ -416,7 +416,7 @@ def overlay(image, heat=None, boxes=(), marks=(), side=256):
 
 
 def signed(difference, side=256):
-    """A map (rows,columns) of what is more or less, enlarged to `side` -> uint8 (3,h,w): grey none, red more, blue less, deepest at the largest."""
+    """A map (rows,columns) of what is more or less, enlarged to `side` -> uint8 (3,h,w): grey none, orange more, blue less, deepest at the largest."""
     d = np.asarray(difference, dtype=np.float32)
     d = d / max(np.abs(d).max(), 1e-12)
     none, more, less = (np.array(ImageColor.getrgb(color), np.float32)[:, None, None] for color in (PALE, VERMILION, BLUE))

@@ -906,9 +906,9 @@ def test_explain_shows_images_above_and_under_each_what_it_differs_in(toy_run, t
     difference = test.images[0].mean(0) - (100 + 10 * a)
     assert title == f"{names[a]} (true: {names[test.labels[0]]}), by --rule learned" and columns == 4
     assert captions == [f"image {test.ids[0]}", *(f"denoised as {names[k]}, p {p[k]:.3f}" for k in (a, b, c)),
-                        f"evidence for {names[a]} against {names[b]}: red for, blue against",
-                        f"image minus denoised as {names[a]}: red lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most",
-                        *(f"{names[k]} minus {names[a]}: red lighter, blue darker, by {10 * abs(k - a)} of 255 at most" for k in (b, c))]
+                        f"evidence for {names[a]} against {names[b]}: orange for, blue against",
+                        f"image minus denoised as {names[a]}: orange lighter, blue darker, by {np.abs(difference).max():.0f} of 255 at most",
+                        *(f"{names[k]} minus {names[a]}: orange lighter, blue darker, by {10 * abs(k - a)} of 255 at most" for k in (b, c))]
     for found, wanted in zip(maps, (np.eye(28) * (1 + 10 * a + b), difference, 10. * (b - a), 10. * (c - a)), strict=True):
         assert np.allclose(found, wanted)
     assert lines[0].startswith("votes of 5 noise levels: nevus ")

@@ -141,6 +141,14 @@ def test_numbers_outside_the_tables_are_in_the_records():
         assert float(text) == pytest.approx(sum(values) / len(values), abs=.5 * 10 ** -len(text.partition(".")[2])), (name, key)
 
 
+def test_the_first_table_has_each_methods_accuracy_its_resnets_and_the_optimum():
+    for method in METHODS.split("|"):
+        key, found = "auroc" if method == "mediffusion" else "accuracy", claims.records(f"{method}-toy")
+        mean = [np.mean([of(r)[key] for r in found]) for of in (lambda r: r["test"], lambda r: r["baselines"]["resnet"], lambda r: r["bayes"])]
+        row = re.search(rf"(?m)^\| `{method}\.py` \|.*$", PAGES[0].read_text())[0]
+        assert re.findall(r"(?:-->|\| )(0\.\d{3})", row) == [f"{v:.3f}" for v in mean], method
+
+
 def test_one_draw_and_twenty_score_as_the_readme_says():
     for name in ("diffmic-toy-base", "diffmic-toy-eps"):
         table = claims.records(name)[0]["method_specific"]["validation_by_steps_and_samples"]
