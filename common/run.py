@@ -914,7 +914,7 @@ def write_predictions(path, split, p, uncertainty, classes):
     table.writerow(["id", "true", "predicted", "uncertainty", *(f"p:{c}" for c in classes)])
     for i, (row, *answers) in enumerate(zip(p, *decisions(split, p))):
         names = ("|".join(classes[k] for k in np.flatnonzero(answer)) for answer in answers)
-        table.writerow([split.ids[i], *names, f"{np.mean(uncertainty[i]):.6f}", *(f"{x:.6f}" for x in row)])
+        table.writerow([split.ids[i], *names, f"{np.mean(uncertainty[i]):.6f}", *(f"{x:.9g}" for x in row)])        # 9 digits: what is sure keeps its order
     write(path, text.getvalue())
 
 

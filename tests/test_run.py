@@ -461,8 +461,8 @@ def test_a_table_of_predictions_has_no_truth_for_images_without_a_label(tmp_path
     split = Split(np.zeros((3, 1, 8, 8), np.uint8), np.array([1, -1, 0]), ["a", "b,c", "d"])
     p = np.array([[.25, .75], [.875, .125], [.5, .5]])
     run.write_predictions(tmp_path / "p.csv", split, p, np.array([.1, .2, 1 / 3]), ["x", "y"])
-    assert (tmp_path / "p.csv").read_text().splitlines() == ["id,true,predicted,uncertainty,p:x,p:y", "a,y,y,0.100000,0.250000,0.750000",
-                                                             '"b,c",,x,0.200000,0.875000,0.125000', "d,x,x,0.333333,0.500000,0.500000"]
+    assert (tmp_path / "p.csv").read_text().splitlines() == ["id,true,predicted,uncertainty,p:x,p:y", "a,y,y,0.100000,0.25,0.75",
+                                                             '"b,c",,x,0.200000,0.875,0.125', "d,x,x,0.333333,0.5,0.5"]
 
 
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):

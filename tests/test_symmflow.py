@@ -1420,7 +1420,7 @@ def test_a_checkpoint_is_read_without_code_and_is_bit_identical(toy_run):
     test = load_for(config).test
     p = symmflow.evaluate(nets, test, config, CPU)[0]["symmflow"]
     assert [row["id"] for row in written] == test.ids
-    assert [[f"{x:.6f}" for x in row] for row in p] == [[row[f"p:{c}"] for c in facts["classes"]] for row in written]
+    assert [[f"{x:.9g}" for x in row] for row in p] == [[row[f"p:{c}"] for c in facts["classes"]] for row in written]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(toy_run, tmp_path):
