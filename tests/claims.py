@@ -476,8 +476,9 @@ CLAIMS = {                                                              # (it ..
                                  (PLUS + ", whose network calls are four times as many, after half as much training", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
     "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
+                    ("is ahead of its classifier without the diffusion", "AUROC", [*(f"joint-{cell}" for cell in FEW), "mediffusion-pneumoniamnist"], [*(f"alone-{cell}" for cell in FEW), "alone-pneumoniamnist"]),
                     *((words, "AUROC", [f"joint-{cell}" for cell in cells], [f"{other}-{cell}{end}" for cell in cells]) for words, other, cells, end in (
-                        ("is ahead of its classifier without the diffusion", "alone", FEW, ""), ("is ahead of a ResNet-18 of the same labels", "resnet", FEW, ""),
+                        ("is ahead of a ResNet-18 of the same labels", "resnet", FEW, ""),
                         ("is ahead with strong views of itself without", "joint", FEW[2::2], "-weak"), ("is ahead of FixMatch on a ResNet-18 of the same images and labels", "fixmatch", FEW, ""), (PLUS, "joint", FEW[2::2], "-paper")))]}
 
 

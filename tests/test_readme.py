@@ -92,6 +92,10 @@ def test_what_the_pages_say_in_words_is_in_the_records():
     claimed = {(row["claim"], row["one"]): row["mean"] for row in json.loads((claims.RESULTS / "differences.json").read_text())["claims"]}
     one, five = (claimed[f"is ahead of {words} whose classes are taken to be equally frequent, too", "diffclassifier-pneumoniamnist"] for words in ("a ResNet-18", "five ResNets"))
     assert f"it is ahead by {one:+.3f} (one) and {five:+.3f} (five)".replace("+0", "+") in README
+    few = [claimed["is ahead of a ResNet-18 of the same labels", f"joint-pneumoniamnist-{share}"] for share in claims.SHARES]
+    assert f"is ahead of Mediffusion by {-min(few):.3f} to {-max(few):.3f} in AUROC".replace("0.", ".") in README and few[0] == min(few) and few[-1] == max(few)
+    changes = [mean for (claim, cell), mean in claimed.items() if claim == "is ahead of its classifier without the diffusion" and "pneumoniamnist" in cell]
+    assert len(changes) == 5 and f"{min(changes):+.3f} to {max(changes):+.3f}, cannot be told".replace("0.", ".") in README
     ours, guides = (np.array([of(r)["f1_macro"] for end in ("", "-paper") for data in ("retinamnist", "pneumoniamnist") for r in claims.records(f"diffmic-{data}{end}")])
                     for of in (lambda r: r["test"], lambda r: r["baselines"]["guide"]))
     assert "`plus` is below its own guide in five of six runs at 32 px, `paper` far below" in README and (ours < guides)[:6].sum() == 5 and (guides - ours)[6:].min() > .05
