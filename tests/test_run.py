@@ -465,6 +465,13 @@ def test_a_table_of_predictions_has_no_truth_for_images_without_a_label(tmp_path
                                                              '"b,c",,x,0.200000,0.875,0.125', "d,x,x,0.333333,0.5,0.5"]
 
 
+def test_answers_that_are_very_sure_keep_their_order_in_the_table(tmp_path):
+    sure = np.array([3e-9, 1e-9, 2e-8, 1.23456789e-12, .5])
+    run.write_predictions(tmp_path / "p.csv", Split(np.zeros((5, 1, 8, 8), np.uint8), np.zeros(5, np.int64), list("abcde")), np.stack([1 - sure, sure], 1), sure, ["x", "y"])
+    with open(tmp_path / "p.csv", newline="") as file:
+        assert [float(row["p:y"]) for row in csv.DictReader(file)] == pytest.approx(sure, rel=1e-8)
+
+
 def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(os, "fsync", lambda n, real=os.fsync: (order.append("fsync"), real(n)))
