@@ -182,9 +182,10 @@ def q_sample(z, eps, ab):
 
 
 def levels(start, n):
-    """The noise levels of a reverse process, start - 1 down to 0 (n = 0), or n of them, as DDIM's code has them: 981, 961, .. 1 of 1000 in 50 steps."""
+    """The noise levels of a reverse process, start - 1 down to 0 (n = 0), or n of them, as DDIM's code has them: 981, 961, .. 1 of 1000 in 50 steps; a
+    single step begins at start - 1 (that code: at 1, where there is hardly any noise)."""
     n = min(n, start)
-    return list(range(start))[::-1] if n in (0, start) else [i * start // n + 1 for i in range(n)][::-1]
+    return list(range(start))[::-1] if n in (0, start) else [start - 1] if n == 1 else [i * start // n + 1 for i in range(n)][::-1]
 
 
 def reverse_step(z_t, eps, noise, ab_t, ab_s, eta):

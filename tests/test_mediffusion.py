@@ -262,6 +262,10 @@ def test_fifty_of_a_thousand_levels_are_981_to_1_as_in_ddim():
     assert levels(1000, 50) == list(range(981, 0, -20)) and levels(300, 0) == levels(300, 300) == levels(300, 999) == list(range(299, -1, -1))
 
 
+def test_a_single_step_begins_where_there_is_most_noise():
+    assert levels(1000, 1) == [999] and levels(200, 1) == [199] and levels(1, 1) == [0]
+
+
 def test_levels_fall_inside_the_range_without_repetition():
     for start, n in itertools.product(range(1, 41), range(1, 45)):
         found = levels(start, n)
