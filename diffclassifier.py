@@ -26,7 +26,7 @@ Read differently from the paper, and why (the paper's text could not be had: "pa
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight authors, min-snr.
  2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, averaged
     and clipped (theirs: neither); their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
- 3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Ties go to the lower mean error, not to the first.
+ 3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Equal votes go to the lower mean error, not to the first class.
  4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). An eliminated class cannot win.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted for the 128 pixels that the network sees of 256; halving the wavelets makes it that of 256. Theirs shifts for 256 and halves: that of 512.
@@ -331,7 +331,7 @@ class Networks(nn.Module):
         if not self.codec:
             return haar(x) / 2 if self.wavelet else x
         self.codec.check(self.codec_id)
-        turned = batch is None or (batch.variant < 0).any()
+        turned = batch is None or batch.variant is None or (batch.variant < 0).any()
         return self.codec.encode(x, () if turned else (batch.index * 4 + batch.variant).tolist()) * self.latent_scale
 
     @torch.no_grad()
@@ -344,7 +344,7 @@ class Networks(nn.Module):
 
 
 def build(config, facts):
-    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    """The networks for a data set's facts (channels, classes, multilabel; run.load_model), in training mode. Refuses what the method cannot take."""
     if facts["multilabel"]:
         raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.pretrain_epochs and not config.baseline:
@@ -513,7 +513,7 @@ def measure(nets, data, config, device, figures):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

@@ -36,11 +36,12 @@ Read differently from the paper, and why
     forward in training mode serves both losses; the authors run the guide twice and take the priors in evaluation mode.
  7. Regions are cut in colour (theirs: red alone), in the middle of their cells, no place twice, by one search for the batch.
  8. L_eps is the mean over batch and classes, K an RBF of bandwidth C (the paper leaves K open), as in the authors' code. So are
-    T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad.
+    T = 1000, ResNet-50 guides, antithetic t, clipping, warm-up and cosine, of which the paper says nothing. Adam, not AMSGrad. The branches of
+    eq. 5 count in the denoiser's running batch statistics, too, though the main branch alone is evaluated.
 Mended: rho(x) is computed once an image, not at every step; EMA weights are the ones evaluated; selection on a validation
 split, not on the test set; a constant saliency map gives K places, not one K times; metrics over the whole set, not means of batches.
-Validation accuracy (standard error .011), NLL of toy seed 0: `plus`; picked: plus with --no-residual --select accuracy --no-mirror; its base: picked with
---prior-dropout 0; that with one field of PLUS, below, taken away, or another idea, which was rejected (third column). Why prior dropout: tests/results.
+Accuracy on validation (standard error .011) and NLL, toy, seed 0. picked is `plus` with --no-residual --select accuracy --no-mirror; its base is picked with
+--prior-dropout 0; every other row is that base with one option, which undoes a part of plus or (last column) is an idea that was rejected.
   plus                       .932  .205   --roi-weight uniform       .922  .298   --prior-source ema         .932  .262
   picked                     .938  .223   --no-deep-supervision      .930  .277   --label-smoothing 0.1      .930  .257
   its base                   .940  .227   --guide-schedule constant  .928  .279   --balanced                 .914  .288
@@ -211,7 +212,7 @@ def loss(nets, config, x, y0, y_g, y_l):
 
 
 def guide_loss(config, guide, y):
-    """Cross-entropy of the fused prior; with deep supervision of each prior as well."""
+    """Cross-entropy, a scalar, of the Guide's fused prior and labels y (B,); with deep supervision of each prior as well."""
     logits = [(guide.logits_g + guide.logits_l) / 2] + [guide.logits_g, guide.logits_l] * config.deep_supervision
     return sum(F.cross_entropy(z, y, label_smoothing=config.label_smoothing) for z in logits)
 
@@ -266,7 +267,7 @@ def told(nets, config, x):
 
 
 def classify(nets, config, x, noise):
-    """Images x (B, channels, H, W) and noise (B, S, steps, C) -> Prediction. Guide and image encoder run once an image, or mirror image."""
+    """Images x (B, channels, H, W) and noise (B, S, --steps, C) -> Prediction, of nets.eval() under no_grad. Guide and encoder run once an image, or mirror image."""
     B, S, _, C = noise.shape
     views = mirrored(x, config.augment * config.mirror)[:S]
     guides, conditions = zip(*(told(nets, config, view) for view in views))
@@ -287,6 +288,7 @@ def classify(nets, config, x, noise):
 
 # ============================================================================= 5 networks
 class Guide(NamedTuple):
+    """What the guide sees in B images."""
     logits_g: torch.Tensor              # (B, C) of the whole image
     logits_l: torch.Tensor              # (B, C) of the regions
     saliency: torch.Tensor              # (B, C, h, w) class saliency maps
@@ -303,7 +305,7 @@ class Guide(NamedTuple):
 
 
 class DCG(nn.Module):
-    """Dual-granularity conditional guidance (section 2.1, after GMIC): the priors of an image."""
+    """Dual-granularity conditional guidance (section 2.1, after GMIC): the priors of an image. Another backbone needs `features` and `dim`, as common/resnet.py."""
 
     def __init__(self, config, channels, classes):
         super().__init__()
@@ -323,8 +325,7 @@ class DCG(nn.Module):
         corners = find_rois(saliency.detach(), x.shape[2:], self.roi_size, self.rois, weight)
         crops = crop(x, corners, self.roi_size)                         # (B, K, channels, s, s)
         h = self.local_net.features(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, crops.shape[:2])
-        score = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid())
-        attention = score.softmax(1)                                    # (B, K, 1)
+        attention = self.attention_w(self.attention_v(h).tanh() * self.attention_u(h).sigmoid()).softmax(1)             # (B, K, 1)
         logits_l = self.to_local((attention * h).sum(1))
         return Guide(saliency.mean((2, 3)), logits_l, saliency, corners, attention[..., 0])          # 2.1: y_g of the map's mean, y_l
 
@@ -428,7 +429,7 @@ class Networks(nn.Module):
 
 
 def build(config, facts):
-    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    """The networks for a data set's facts (channels, classes, multilabel; run.load_model), in training mode. Refuses what the method cannot take."""
     if facts["multilabel"]:
         raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.steps > config.timesteps:
@@ -470,8 +471,7 @@ def learning_rate(config, group, epoch):
 @torch.no_grad()
 def evaluate(nets, split, config, device, joint=True):
     """Every model on a whole split: ({model: probabilities (N, C)}, {kind: uncertainty (N,)}); the method comes first. --mirror is for all of them.
-    joint=False, during the guide's warm-up, leaves the diffusion out. The noise of an image goes by (seed, id), --samples and --steps, not by its batch.
-    """
+    joint=False, during the guide's warm-up, leaves the diffusion out. The noise of an image goes by (seed, id), --samples and --steps, not by its batch."""
     nets.eval()
     rows = defaultdict(list)
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
@@ -520,7 +520,7 @@ def embedding(nets, config, out, i):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

@@ -6,13 +6,13 @@ makes of a clean latent, averaged over pixels, is classified, learnt from the fe
 the classifier's gradient leads the reverse process: a counterfactual is the image as it would have to be for another answer.
 
     z = E(x);  z_t = sqrt(ab_t) z + sqrt(1 - ab_t) eps                                          `q_sample`
-    H_t = means over pixels of the ten tensors of the U-Net's encoder; g(y | H_0), two layers   `features`, `Networks.head`
+    H_t = means over pixels of the U-Net's encoder's tensors (ten); g(y | H_0), two layers   `features`, `Networks.head`
     L = |eps_hat(z_t, t) - eps|^2 over all images + w L_class(g(y | H_0)) over those with labels         eq. 1 and below   `train_step`
     eps' = eps_hat - s sqrt(1 - ab_t) grad_{z_t} log g(y | .), to remove log (1 - g)     eq. 2, which leaves out s   `guided`
     x' = D(z'), z' denoised so from z_t, t = 300 or 200: "remove" leads away from a label, "enforce" to it           `counterfactual`
 
 B images, K labels (multi-label: sigmoids, else a softmax), E and D the autoencoder, ab = alpha_bar, s the guidance; the paper's e_nu is `unet.encode`,
-its g_omega `head`. `--labels 0.1` shows a tenth of the labels.
+its g_omega `head`, its decoder psi `unet.decode`. `--labels 0.1` shows a tenth of the labels.
 
     python mediffusion.py                                     # toy chest films, 10 % of the labels: minutes on a CPU
     python mediffusion.py --data chestxray14 --root DIR --labels 0.02       # the paper's sizes, for a CUDA GPU; also isic2019
@@ -24,7 +24,7 @@ Read differently from the paper, and why
  1. Appendix C swaps two terms: the perceptual one is there from the start (weight 1), the GAN from step 50,001 (0.5). Without --vgg and --lpips: a pyramid.
  2. Attention "at 4x4, 2x2, 1x1" are downsampling factors: every level. "10,000 features by average pooling" is the mean over all pixels: 5,632.
  3. The joint loss is a sum; the paper's minus is a slip. Labels of all 14 findings (8 classes in ISIC); ChestX-ray14's "No Finding" is none.
- 4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with t's embedding (--guide-on). It teaches the classifier every 4th step (--cls-every).
+ 4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with t's embedding (--guide-on). That code teaches the classifier at every 4th step (--cls-every).
  5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
  6. Validation, which keeps all labels, selects, not the test split. Who has labels goes by patient. Of a counterfactual counts guided minus control.
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
@@ -171,7 +171,7 @@ def configure(**given):
 
 # ============================================================================= 4 the method
 def alpha_bars(T):
-    """ab (T,) float64 of latent diffusion's schedule: beta from 0.0015 to 0.0195, evenly in their roots; for another T times 1000 / T."""
+    """ab (T,) float64 of latent diffusion's schedule: beta from 0.0015 to 0.0195, evenly in their roots; for another T times 1000 / T, hence T >= 20."""
     return (1 - torch.linspace(.0015 ** .5, .0195 ** .5, T, dtype=torch.float64) ** 2 * 1000 / T).cumprod(0)
 
 
@@ -240,7 +240,7 @@ def features(nets, config, z, names=None):
 
 
 def train_step(nets, ema, config, batch, joint):
-    """One batch -> dict of losses; "loss" is what is differentiated. joint=False: stage 1, the autoencoder alone."""
+    """One batch -> dict of losses; "loss" is what is differentiated. joint=False: stage 1, the autoencoder alone; else batch.few holds the images with labels."""
     epoch, number, count = batch.place
     step = (epoch - joint * config.pretrain_epochs) * count + number    # of this stage
     if not joint:
@@ -397,7 +397,7 @@ class Networks(nn.Module):
     def latents(self, x, batch=None, noise=False):
         """Images (B, channels, H, W) -> latents (B, C, h, w): the mean, or with noise a sample. Those of a training batch are computed once an
         image and way of flipping it, and kept in half precision."""
-        if batch is None or (batch.variant < 0).any():
+        if batch is None or batch.variant is None or (batch.variant < 0).any():
             mean, logvar = (part.float() for part in self.autoencoder.encode(self.as_seen(x)))
         else:
             keys = (batch.index * 4 + batch.variant).tolist()
@@ -424,7 +424,7 @@ class Networks(nn.Module):
 
 
 def build(config, facts):
-    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    """The networks for a data set's facts (channels, classes, multilabel; run.load_model), in training mode. Refuses what the method cannot take."""
     if config.autoencoder and config.pretrain_epochs:
         raise run.UserError(f"--autoencoder {config.autoencoder} --pretrain-epochs {config.pretrain_epochs}: this one is trained already; leave one out")
     if config.lpips and not config.vgg:
@@ -514,7 +514,7 @@ def evaluate(nets, split, config, device, joint=True):
 
 
 def models(nets, config):
-    """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, the method first, whose temperature is undone for the other."""
+    """{name: function of images (B, channels, H, W) and their names to probabilities (B, K)}, of nets.eval(); the method first, whose temperature is undone for the other."""
     of = {METHOD: lambda x, names: nets.head(features(nets, config, nets.latents(x), names)).float()}
     of |= {"resnet": lambda x, names: nets.temperature * nets.resnet(x).float()} if nets.resnet is not None else {}
     views = lambda x: mirrored(x, config.augment * config.mirror)       # logits are averaged, not probabilities: so one temperature fits the mean
@@ -624,7 +624,7 @@ def as_tiles(image, seen, i, boxes=None):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

@@ -167,7 +167,7 @@ def label_map(codes, noise_width, y, size, noise=True):
 
 
 def path(x, y, xi_x, xi_y, t, s):
-    """Point and velocity of the path at t (B,): ((x_t, y_t), (v_x, v_y))."""
+    """Point and velocity of the path at t (B,): ((x_t, y_t), (v_x, v_y)). In another shape of it, `velocity` and `outputs` change as well."""
     t = t.view(-1, 1, 1, 1)
     return (((1 - (1 - s) * t) * xi_x + t * x, (1 - (1 - s) * t) * y + t * xi_y), (x - (1 - s) * xi_x, xi_y - (1 - s) * y))
 
@@ -278,7 +278,7 @@ def distances(y, codes, kind):
 
 
 def classify(nets, config, x, noise):
-    """Images x (B, channels, H, W) and noise (B, S, D, H, W) -> Prediction: a call of the network an image, draw and Euler step."""
+    """Images x (B, channels, H, W) and `classified`'s noise (B, S, D, H, W) -> Prediction, of nets.eval() under no_grad: a network call an image, draw and step."""
     field = partial(velocity, nets.unet, config, rows=0 if config.steps == 1 else None)            # 0: nobody looks at v_x
     views = [nets.encode(view) for view in mirrored(x, config.augment * config.mirror)[:noise.shape[1]]]
     noise = noise[:, :len(views)] if config.precondition and config.steps == 1 else noise          # else a view's draws would agree
@@ -350,7 +350,7 @@ class Networks(nn.Module):
         if not self.codec:
             return x
         self.codec.check(self.codec_id)
-        turned = batch is None or (batch.variant < 0).any()
+        turned = batch is None or batch.variant is None or (batch.variant < 0).any()
         return self.codec.encode(x, () if turned else (batch.index * 4 + batch.variant).tolist()) * self.latent_scale
 
     @torch.no_grad()
@@ -377,7 +377,7 @@ class Networks(nn.Module):
 
 
 def build(config, facts):
-    """The networks for a data set's facts (channels, classes). Refuses what the method cannot take."""
+    """The networks for a data set's facts (channels, classes, multilabel; run.load_model), in training mode. Refuses what the method cannot take."""
     if facts["multilabel"]:
         raise run.UserError(f"--data {config.data}: has several labels an image, {METHOD} takes one; name a single-label data set")
     if config.codes == "rgb" and len(facts["classes"]) > 64:
@@ -441,7 +441,7 @@ def learning_rate(config, group, epoch):
 # ============================================================================= 6 evaluation
 @torch.no_grad()
 def classified(nets, split, config, device):
-    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image goes by (seed, id) and --samples."""
+    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image goes by (seed, id) and --samples; of --label-noise shared all pixels have the same."""
     n_y, *size = nets.shapes(config.size)[1]
     shape = config.samples, n_y, *(size if config.label_noise == "pixel" else (1, 1))
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):
@@ -515,7 +515,7 @@ def draw_images(nets, config, labels, ids, device):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

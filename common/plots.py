@@ -68,6 +68,7 @@ def ticks(lo, hi, count=5, whole=False):
 
 
 def tick_labels(values):
+    """Evenly spaced numbers as text, with as many decimals as tell them apart: a list of str."""
     step = min(np.diff(values), default=1.0)
     if step < 1e-4 or max(np.abs(values)) >= 1e7:
         return [f"{v:.6g}" for v in values]
@@ -98,6 +99,7 @@ class Canvas:
             self.boxes.append((*np.add(tile.getbbox(), (x, y, x, y)).tolist(), angle))
 
     def save(self, path):
+        """Writes the picture as PNG, whole or not at all; returns its Path."""
         path = Path(path)
         if os.environ.get("RANK", "0") != "0":                          # of several processes, under torchrun, one draws
             return path

@@ -10,10 +10,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def conv_bn(c_in, c_out, kernel, stride=1):
+    """A convolution that keeps the sides (over stride) and its batch norm: two modules."""
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out)
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a skip: (B, c_in, h, w) -> (B, c, h / stride, w / stride)."""
     expansion = 1
 
     def __init__(self, c_in, c, stride=1):
@@ -29,6 +31,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a skip: (B, c_in, h, w) -> (B, 4c, h / stride, w / stride)."""
     expansion = 4
 
     def __init__(self, c_in, c, stride=1):

@@ -53,13 +53,16 @@ class WorkError(Exception):
 
 @cache
 def field_comments(Config):
-    """The comment behind each field of the dataclass, which is its help text: {name: (group, comment)}."""
+    """The comment behind each field of the dataclass and of those that it extends, which is its help text: {name: (group, comment)}. Raises
+    TypeError naming a field without one."""
     found, group = {}, ""
-    for line in inspect.getsource(Config).splitlines():
+    for line in (line for part in reversed(Config.__mro__[:-1]) for line in inspect.getsource(part).splitlines()):
         if banner := re.fullmatch(r"\s+# --- (.+) ---", line):
             group = banner[1]
         elif field := re.fullmatch(r"\s+(\w+): .+?  # (.+)", line):
             found[field[1]] = (group, field[2])
+    if bare := [field.name for field in dataclasses.fields(Config) if field.name not in found]:
+        raise TypeError(f"{Config.__name__}.{bare[0]}: each field is on a line of its own with its comment behind it, two blanks before the #: that is its help text")
     return found
 
 
@@ -353,10 +356,12 @@ def image_noise(seed, ids, shape, device):
 
 
 def rank():
+    """The number of this process, 0 where there is one alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -476,6 +481,7 @@ def choose_folder(config, method, resume=None):
 
 
 def holds_run(folder):
+    """Whether a run that could go on lies in a folder. Raises UserError for what cannot be a folder."""
     try:
         return (Path(folder) / "last.pt").exists()
     except OSError as fault:                                            # a name too long, a folder that is not ours
@@ -602,6 +608,7 @@ def load_weights(path, option=""):
 
 
 def check_zip(path):
+    """Raises ValueError where a file of torch.save is damaged, could unpack to more than itself, or holds a program."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
@@ -669,7 +676,12 @@ def config_from(Config, content, **given):
 
 
 def load_model(path, method, Config, build, given):
-    """A checkpoint's settings, EMA networks ready for use, facts (classes, channels, multilabel) and device."""
+    """A run's best.pt -> (config, EMA networks in evaluation mode on the device, facts, device). Raises UserError for another file.
+
+    method, Config, build are those of the method's file, given the settings to change, {} for none:
+    `config, nets, facts, device = run.load_model("best.pt", "diffmic", diffmic.Config, diffmic.build, {})`.
+    facts: {"channels": 1 or 3, "classes": names in the order of the labels, "multilabel": bool}, and what the run noted of its images.
+    """
     content = load_checkpoint(path, method)
     config, facts, trained = config_from(Config, content, **given), content["facts"], content["config"]
     place_then = Path(trained["root"] and facts.get("root") or trained["root"])         # where a relative --root led to
@@ -738,6 +750,7 @@ class State:
         self.sums, self.history, self.best, self.best_resnet = {}, [], {}, {}
 
     def save(self, path):
+        """Writes all of it to a file, whole or not at all; of several processes the first does."""
         if rank() == 0:
             save(path, dict(format=FORMAT, method=self.method, config=dataclasses.asdict(self.config), facts=self.facts,
                             nets=self.nets.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -745,6 +758,7 @@ class State:
                             torch=str(torch.__version__)))
 
     def load(self, path):
+        """Goes on from such a file. Raises UserError for one of another method, of other images, or of other networks."""
         content = load_checkpoint(path, self.method)
         try:
             then, now = (facts.get("images") for facts in (content["facts"], self.facts))

@@ -11,13 +11,17 @@ import torch
 def linear_alpha_bar(T=1000, beta_start=1e-4, beta_end=0.02):
     """DDPM's linear schedule (Ho et al. 2020): alpha_bar (T,) float64, the product of 1 - beta.
 
-    The betas are those for T = 1000; for another T they are scaled by 1000 / T, so that the last level is still noise.
+    The betas are those for T = 1000; for another T they are scaled by 1000 / T, so that the last level is still noise. Raises ValueError where
+    a beta would then be 1 or more (T <= 1000 beta_end).
     """
+    if beta_end * 1000 >= T:
+        raise ValueError(f"{T} levels: betas up to {beta_end} scaled by 1000 / T need more than {1000 * beta_end:.0f}")
     return (1 - torch.linspace(beta_start, beta_end, T, dtype=torch.float64) * 1000 / T).cumprod(0)
 
 
 def respaced_timesteps(T, n):
-    """n levels spread evenly over 0..T-1, falling, first T-1 and (n > 1) last 0: respacing, not truncation."""
+    """n levels spread evenly over 0..T-1, int64 (n,), falling, first T-1 and (n > 1) last 0: respacing, not truncation. Raises ValueError
+    for n outside 1..T."""
     if not 1 <= n <= T:
         raise ValueError(f"{n} steps: must lie in 1..{T}")
     return torch.linspace(T - 1, 0, n, dtype=torch.float64).round().long() if n > 1 else torch.tensor([T - 1])

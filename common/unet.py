@@ -19,7 +19,7 @@ from torch import nn
 
 
 def sinusoid(t, dim):
-    """Times (B,), whole numbers or not -> (B, dim): cosines, then sines, of t / 10000^(i / (dim/2)) (Vaswani et al. 2017).
+    """Times (B,), whole numbers or not -> (B, dim), dim even: cosines, then sines, of t / 10000^(i / (dim/2)) (Vaswani et al. 2017).
 
     Periods from 2 pi to nearly 2 pi * 10^4: made for t = 0..1000. A t in [0, 1] moves few of the entries; the caller scales it.
     """

@@ -11,7 +11,7 @@ BUCKETS = 10                                            # ranges of log-SNR, -10
 
 
 def count_votes(error):
-    """Votes (M, K): at how many levels each class erred least."""
+    """Votes (M, K): at how many levels each class erred least; of equal errors the first class has the vote."""
     least = np.where(np.isnan(error), np.inf, error).argmin(2)
     return (np.eye(error.shape[2])[least] * ~np.isnan(error).all(2)[..., None]).sum(1)
 
@@ -62,7 +62,7 @@ def fit(features, labels, ridge=.1):
 # ----------------------------------------------------------------------------- votes
 @functools.lru_cache(maxsize=None)
 def overtaken(a, b, m):
-    """P(b + X >= a + m - X): X of the m votes to come go to the one that has b of a + b, the others to the one that has a; its share is uniform
+    """P(b + X >= a + m - X), a float, of whole numbers a, b, m >= 0: X of the m votes to come go to the one that has b of a + b, the others to the one that has a; its share is uniform
     before any vote, so that X is beta-binomial."""
     def log_p(x):
         return (math.lgamma(m + 1) - math.lgamma(x + 1) - math.lgamma(m - x + 1) + math.lgamma(b + 1 + x) + math.lgamma(a + 1 + m - x)
@@ -72,7 +72,7 @@ def overtaken(a, b, m):
 
 @functools.lru_cache(maxsize=None)
 def below_half(a, b):
-    """P(share < 1/2) of one that had a of a + b votes, if any share was as likely before: the tail of Beta(a + 1, b + 1)."""
+    """P(share < 1/2), a float, of one that had a of a + b votes, if any share was as likely before: the tail of Beta(a + 1, b + 1)."""
     n = a + b + 1
     return sum(math.comb(n, j) for j in range(a + 1, n + 1)) / 2 ** n
 

@@ -13,6 +13,7 @@ from .splits import labelled
 from .types import DataError, DataSet, Split
 
 __all__ = ["load", "Batches", "DataSet", "Split", "DataError", "NAMES", "load_for", "mirrored", "read_split", "labelled", "shortcut"]
+# A data set of one's own: a module with `table(root, split, test_only, skip_bad, classes) -> tables.Table`, as pmg2000.py has, and its name here
 LOADERS = {"ham10000": ham10000.table, "isic2019": isic2019.table, "isic2020": isic2020.table, "chexpert": chexpert.table,
            "chestxray14": chestxray14.table, "aptos2019": aptos2019.table, "pmg2000": pmg2000.table, "folder": folder.table,
            **{name: functools.partial(chexpert.table, reading=reading) for name, reading in chexpert.READINGS.items()}}

@@ -14,6 +14,7 @@ AUGMENTATIONS = ("hflip", "vflip", "rotate", "strong")
 
 
 class Batch(NamedTuple):
+    """Some images as the networks take them, and where they come from. With x, y and index alone it may be made by hand."""
     x: torch.Tensor                             # float32 (B, C, H, W) in [-1, 1]
     y: torch.Tensor                             # int64 (B,), or float32 (B, K) for multi-label data
     index: np.ndarray                           # int64 (B,): rows of the split
@@ -37,7 +38,7 @@ class Batches:
     augment: names out of "hflip", "vflip" (half of the images each), "rotate" (-30..30 degrees, bilinear, black outside) and "strong" (half: `strong`).
     balanced: draws each class equally often, with replacement (multi-label: by an image's rarest finding). rank, world: the share of one
     process out of several. A split with `few` = (rows, n, *names): to each batch belong n more of these rows, all of them in turn, augmented by
-    these names as well; and of these draws speaks `balanced`.
+    these names as well; and of these draws speaks `balanced`. Raises DataError for other names.
     """
 
     def __init__(self, split, batch_size, device="cpu", train=False, seed=0, augment=(), balanced=False, start=0, rank=0, world=1):

@@ -8,6 +8,7 @@ from .types import DataError
 
 
 class Record(NamedTuple):
+    """An image that a loader has found, before it is decoded."""
     path: Path
     label: int | tuple                          # index into the classes; multi-label: 0 or 1 of each class
     group: str | None                           # patient or lesion, None where it is not known
@@ -18,10 +19,11 @@ class Record(NamedTuple):
 
 @dataclass
 class Table:
-    records: list
-    classes: list
-    channels: int
-    notes: list = field(default_factory=list)
+    """What a loader's `table` gives back."""
+    records: list                               # of Record: labels 0..K-1 in the order of `classes`; some of each split
+    classes: list                               # K names
+    channels: int                               # 1 or 3, of the pictures
+    notes: list = field(default_factory=list)   # see DataSet
     multilabel: bool = False
     boxes: dict = field(default_factory=dict)   # {id: float32 (K, 4)}: x0, y0, x1, y1 as shares of the side, nan where none; see Split
 

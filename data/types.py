@@ -10,15 +10,20 @@ class DataError(Exception):
 
 @dataclass
 class Split:
-    """Images and what is known of them, row by row."""
+    """Images and what is known of them, row by row. Raises DataError for images of another type, which would be scaled twice, or shape."""
     images: np.ndarray                          # uint8 (N, C, H, W), may be a memory map
-    labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data; -1: not known, or hidden
+    labels: np.ndarray                          # int64 (N,), or float32 (N, K) of 0 and 1 for multi-label data; -1, in train or in a user's own files: not known, or hidden
     ids: list                                   # N unique names
     groups: list | None = None                  # patient or lesion of each image
     boxes: np.ndarray | None = None             # float32 (N, 4): x0, y0, x1, y1 in pixels; multi-label (N, K, 4), nan where none is known
     posterior: np.ndarray | None = None         # (N, K) exact class probabilities, toy sets only
     source: dict = field(default_factory=dict)  # {name: (N,)} of numbers or str: what is known besides the pixels: shortcut.py
     few: tuple | None = None                    # semi-supervised training: the rows with a label (M,), how many of them join each batch, more augmentations of theirs
+
+    def __post_init__(self):
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or len(self.images) != len(self.labels):
+            raise DataError(f"images of type {self.images.dtype} and shape {self.images.shape} with {len(self.labels)} labels: a Split has a label each of "
+                            "uint8 (N, C, H, W), 0 black to 255 white")
 
     def __len__(self):
         return len(self.labels)

@@ -841,6 +841,12 @@ def test_a_users_files_have_unknown_labels_of_the_models_kind(tmp_path):
     assert data.read_split(paths, Settings(), facts | dict(multilabel=False))[0].labels.tolist() == [-1] * 3
 
 
+@pytest.mark.parametrize("images", [np.zeros((2, 1, 8, 8), np.float32), np.zeros((2, 8, 8), np.uint8), np.zeros((3, 1, 8, 8), np.uint8)])
+def test_images_that_are_no_bytes_or_of_another_number_than_their_labels_are_refused(images):
+    with pytest.raises(DataError, match=f"type {images.dtype} and shape .* with 2 labels"):
+        Split(images, np.zeros(2, np.int64), ["a", "b"])
+
+
 def test_bytes_become_floats_from_exactly_minus_one_to_exactly_one():
     split = Split(np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(2, 0), np.zeros(2, np.int64), ["a", "b"])
     (whole,), (turned,) = Batches(split, 2), Batches(split, 2, train=True, augment=("hflip", "rotate"))

@@ -581,6 +581,12 @@ def test_evidence_lies_where_alone_the_classes_differ(k, wavelet):
     assert heat.sum() == pytest.approx(np.diff(votes.mean_errors(error[..., [k, 1 - k]])).item(), rel=1e-4) and heat.sum() > 0
 
 
+@pytest.mark.parametrize("sides", [(7, 8), (8, 7)])
+def test_haar_of_odd_sides_is_refused(sides):
+    with pytest.raises(ValueError, match="even sides"):
+        haar(torch.zeros(1, 1, *sides))
+
+
 def test_haar_is_orthonormal_and_halved_stays_in_range():
     x = torch.rand(2, 3, 8, 12) * 2 - 1
     w = haar(x)

@@ -131,6 +131,26 @@ def test_what_no_memory_can_hold_is_one_line_and_no_traceback(argv, tmp_path):
     assert "memory" in line and "--batch-size" in line
 
 
+@dataclasses.dataclass
+class Extended(diffmic.Config):
+    # --- method ---
+    extra: float = 1.  # [0..2] a setting of one's own
+
+
+@dataclasses.dataclass
+class Bare(diffmic.Config):
+    extra: float = 1.
+
+
+def test_a_config_may_be_extended_and_a_field_without_a_comment_is_named():
+    assert run.field_comments(Extended)["extra"] == ("method", "[0..2] a setting of one's own") and run.field_comments(Extended)["lr"] == run.field_comments(diffmic.Config)["lr"]
+    assert run.configure(Extended, dict(extra=2.), {}, {}, {}).extra == 2
+    with pytest.raises(run.UserError, match="--extra 3"):
+        run.configure(Extended, dict(extra=3.), {}, {}, {})
+    with pytest.raises(TypeError, match="Bare.extra"):
+        run.configure(Bare, {}, {}, {}, {})
+
+
 def test_help_shows_every_option_with_its_default_in_its_group():
     code, text, err = main("--help")
     assert code == 0 and not err

@@ -186,3 +186,10 @@ def test_a_step_in_log_snr_is_ddpms_step_between_the_same_levels():
         low, high = torch.tensor([low, high], dtype=torch.float64)
         expected = ddpm_step(z, x, noise, torch.sigmoid(low).item(), torch.sigmoid(high).item())
         assert torch.allclose(logsnr_step(z, x, noise, low, high), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("T", [1, 19, 20])
+def test_levels_too_few_for_the_scaled_betas_are_refused(T):
+    with pytest.raises(ValueError, match=f"{T} levels"):
+        linear_alpha_bar(T)
+    assert (linear_alpha_bar(21) > 0).all()
