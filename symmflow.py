@@ -167,7 +167,7 @@ def label_map(codes, noise_width, y, size, noise=True):
 
 
 def path(x, y, xi_x, xi_y, t, s):
-    """Point and velocity of the path at t (B,): ((x_t, y_t), (v_x, v_y)). In another shape of it, `velocity` and `outputs` change as well."""
+    """Point and velocity of the path at t (B,): ((x_t, y_t), (v_x, v_y)). That it is straight `outputs`, `velocity`, `loss` and `guided` know, too."""
     t = t.view(-1, 1, 1, 1)
     return (((1 - (1 - s) * t) * xi_x + t * x, (1 - (1 - s) * t) * y + t * xi_y), (x - (1 - s) * xi_x, xi_y - (1 - s) * y))
 

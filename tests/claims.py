@@ -615,7 +615,7 @@ def verdicts_table():
     short = lambda row: f"**{row['mean']:+.3f}**" if row["low"] * row["high"] > 0 else f"{row['mean']:+.3f}"
     of = lambda ones, score, other: " / ".join(short(row) + seeds(row["by_seed"]) for row in found if row["score"] == score and row["one"] in ones and re.fullmatch(other, row["other"]))
     rows = [(method, score, ones) for method, claims in CLAIMS.items() for words, score, ones, _ in claims if words == RESNET]
-    for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels (PneumoniaMNIST)", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
+    for method, score, ones in [*rows, ("Mediffusion, a tenth of the labels (PneumoniaMNIST / HAM10000)", "AUROC", [f"joint-{cell}" for cell in FEW[2::2]])]:
         cells = [of(ones, score, other) for other in (r"resnet-\w+(-0\.\d+)?", r"resnets-\w+", ".*-paper")]
         if any(cells):
             lines.append(f"| {method} | {score} | {' | '.join(cell or 'not claimed' for cell in cells)} |")
@@ -635,9 +635,10 @@ def by_share():
 def shares_table():
     """AUROC on test by the share of the labels that was shown, where there are records: mean and sd over seeds."""
     lines = ["| labels shown | " + " | ".join(ARMS) + " |", "|---|" + "---|" * len(ARMS)]
-    for share, *row in zip((*SHARES, "1"), *by_share().values()):
+    titles = [*(f"PneumoniaMNIST, {float(share):.0%}" for share in (*SHARES, "1")), "HAM10000, 10%"]
+    for title, *row in zip(titles, *([*of, [r["test"]["auroc"] for r in records(f"{ARMS[arm]}-ham10000-0.1")]] for arm, of in by_share().items())):
         cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else f"{v[0]:.3f} (one seed)" if v else "" for v in row]
-        lines += [f"| {float(share):.0%} | {' | '.join(cells)} |"] * any(cells)
+        lines += [f"| {title} | {' | '.join(cells)} |"] * any(cells)
     return "\n".join(lines)
 
 

@@ -37,6 +37,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: add --slow, or -m slow"))
 
 
+def pytest_collection_finish(session):
+    """The README's commands take a minute or two in processes of their own: they begin now, beside the other tests."""
+    for item in session.items:
+        if item.name == "test_the_commands_of_the_readme_run" and not session.config.option.collectonly:
+            item.module.begun()
+
+
+def pytest_sessionfinish(session):
+    if readme := sys.modules.get("tests.test_readme") or sys.modules.get("test_readme"):
+        readme.POOL.shutdown(cancel_futures=True)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes on two cores; skipped unless asked for")
 

@@ -162,7 +162,7 @@ def test_the_tables_are_made_from_records(tmp_path, monkeypatch):
         for name in claims.ARMS.values():
             for seed in range(2):
                 claims.write(f"{name}-pneumoniamnist-{share}", seed, dict(test=dict(auroc=.8 + .1 * seed)))
-    assert claims.shares_table().splitlines()[3] == "| 5% " + "| 0.850 ± 0.071 " * 4 + "|"
+    assert claims.shares_table().splitlines()[3] == "| PneumoniaMNIST, 5% " + "| 0.850 ± 0.071 " * 4 + "|"
     claims.write("diffclassifier-retinamnist", 0, dict(test=test, levels=dict(validation_by_votes=[dict(votes=n, majority=.5, mean=.5, elbo=.5, learned=.6) for n in (1, 501)])))
     claims.curves()
     assert {path.name for path in tmp_path.glob("*.png")} == {"retinamnist-coverage.png", "labels.png", "levels.png"}

@@ -1,11 +1,14 @@
 """README and records hold together; every command in it runs."""
+import functools
 import importlib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -255,10 +258,8 @@ def test_the_readme_is_a_page_that_a_reader_finishes():
     assert len(PAGES[0].read_text().splitlines()) <= 170
 
 
-@pytest.fixture(scope="module")
-def lesions(tmp_path_factory):
-    """A user's folder, as the README makes it: two classes, mixed sizes and modes; and a run trained on the toy set."""
-    root = tmp_path_factory.mktemp("user")
+def make_lesions(root):
+    """A user's folder, as the README makes it: two classes, mixed sizes and modes; and other pictures of theirs."""
     for k, name in enumerate(("benign", "malignant")):
         (root / "lesions" / name).mkdir(parents=True)
         for i in range(16):
@@ -269,7 +270,6 @@ def lesions(tmp_path_factory):
     (root / "folder").mkdir()
     Image.effect_noise((50, 50), 20).save(root / "folder" / "c.png")
     (root / "lesions" / "groups.csv").write_text("file,group\n")
-    return root
 
 
 def run(command, cwd):
@@ -290,23 +290,41 @@ def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of
     assert [int(n) for n in re.findall(r"(?m)^\| (\d+) \|", section)] == list(range(1, 15))
 
 
-def test_the_commands_of_the_readme_run(lesions):
-    """Each command of the README, with --limit 64 --epochs 1 where it trains, on a stand-in where it names a file. Two at a time, first those that train."""
+def shortened():
+    """Each command of the README -> what is run in its place: with --limit 64 --epochs 1 where it trains, of few pictures where it draws, on a stand-in
+    where it names a file. First those that train."""
     less = {"symmflow": " --generated 8", "diffclassifier": " --votes 5 --judged 16", "mediffusion": " --explained 2 --draw-steps 5"}   # what comes after training
     train, use = {f"python {method}.py": f" --output RUN-{method}" for method in METHODS.split("|")}, {}
     for command in (c[re.search(rf"python ({METHODS})\.py", c).start():] for c in COMMANDS if re.search(rf"({METHODS})\.py", c) and "torchrun" not in c):
         if "--data" in command and "DIR" in command or " eval " in command and "--root" in command:
             continue                                                    # needs the data; the folder's twin does without
         trains = not re.search(r" (eval|predict|explain|sample) |--help|--resume", command)
-        (train if trains else use).setdefault(command, f" --output out{len(train)}" if trains and "--output" not in command else "")
-    for commands, small in (train, " --limit 64 --epochs 1"), (use, ""):
-        with ThreadPoolExecutor(2) as pool:
-            whole = [c.replace("RUN/", f"RUN-{m}/").replace("--resume RUN", f"--resume RUN-{m}") + (small and small + less.get(m, "")) + output
-                     for c, output in commands.items() for m in [re.search(METHODS, c)[0]]]
-            for command, result in zip(whole, pool.map(lambda c: run(c, lesions), whole)):
-                assert result.returncode == 0 and "Traceback" not in result.stderr, (command, result.stderr)
-    assert any("--data folder" in c for c in train) and any("predict" in c for c in use) and any("--resume RUN" in c for c in use)
-    assert any("symmflow.py sample" in c for c in use) and any("symmflow.py explain" in c for c in use)
+        few = " --limit 2" * (" explain " in command and "--tsne" not in command and "--limit" not in command)
+        (train if trains else use).setdefault(command, f" --output out{len(train)}" if trains and "--output" not in command else few)
+    return {c: c.replace("RUN/", f"RUN-{m}/").replace("--resume RUN", f"--resume RUN-{m}").replace("-n 64", "-n 8") + (f" --limit 64 --epochs 1{less.get(m, '')}" if c in train else "") + more
+            for c, more in (train | use).items() for m in [re.search(METHODS, c)[0]]}
+
+
+POOL = ThreadPoolExecutor(1)
+
+
+@functools.cache
+def begun():
+    """The folder, and [(command, what comes of it), ...]. tests/conftest.py calls this first of all: one after the other they run beside the tests that
+    come before, most of which leave a core idle."""
+    root = Path(tempfile.mkdtemp())
+    make_lesions(root)
+    return root, [(command, POOL.submit(run, command, root)) for command in shortened().values()]
+
+
+def test_the_commands_of_the_readme_run():
+    root, commands = begun()
+    for command, result in commands:
+        assert result.result().returncode == 0 and "Traceback" not in result.result().stderr, (command, result.result().stderr)
+    shutil.rmtree(root)
+    given = shortened()
+    assert any("--data folder" in c for c in given) and any("predict" in c for c in given) and any("--resume RUN" in c for c in given)
+    assert any("symmflow.py sample" in c for c in given) and any("symmflow.py explain" in c for c in given)
 
 
 def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
@@ -317,13 +335,14 @@ def test_the_ham10000_commands_of_the_readme_run_where_the_data_are(tmp_path):
     assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("file", ["", "retinamnist.npz"])
-def test_the_retinamnist_command_of_the_readme_runs_where_the_data_are(tmp_path, file):
+def test_the_retinamnist_command_of_the_readme_runs_where_the_data_are(tmp_path):
     root = ROOT.parent / "shared" / "data" / "medmnist"
     if not root.exists():
         pytest.skip("no MedMNIST beside the repository")
-    result = run(f"python symmflow.py --data retinamnist --root {root / file} --scale small --limit 64 --epochs 1 --generated 8 --output {tmp_path / 'run'}", tmp_path)
-    assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
+    with ThreadPoolExecutor(2) as pool:                                 # its folder, or the file
+        for result in pool.map(lambda path: run(f"python symmflow.py --data retinamnist --root {path} --scale small --limit 64 --epochs 1 --generated 8 "
+                                                f"--output {tmp_path / path.stem}", tmp_path), (root, root / "retinamnist.npz")):
+            assert result.returncode == 0 and "resnet" in result.stdout, result.stderr
 
 
 def test_what_the_page_says_of_preconditioning_is_recorded():
