@@ -10,7 +10,7 @@ time the class with the least error has a vote. Classes share the noise, so that
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
     majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li);  elbo: least mean of -dl/dt E, twice the
-    bound of -log p(x | c);  learned: logits -sum_j w_j D[j, c], D the mean of E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of ten
+    bound of -log p(x | c) but for a constant;  learned: logits -sum_j w_j D[j, c], D the mean of E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of ten
     ranges, w fitted on validation (common/votes.py). All assume equally frequent classes; --prior training (learned alone): as in training      `rules`
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), rows summed in float32, these in float64. `survivors` stops early.
@@ -24,16 +24,16 @@ M images, N noise levels an image, K classes; all rules read one array of errors
 
 Read differently from the paper, and why (the paper's text could not be had: "paper" is its figures and a description of its authors' code)
  1. Plain error of v. The authors' weight 1 / (1 + min(SNR, 5)) on eps is not the min-SNR that they name (Hang et al. 2023): --loss-weight authors, min-snr.
- 2. Class: added to the time embedding of every block; their cross-attention to one token is a bias per class, at 16x16 and 8x8 alone. One table, averaged
-    and clipped (theirs: neither); their DiT has a table in each block, with a second null token and dropout, which by our reading stays on when it classifies.
+ 2. Class: added to every block's time embedding; theirs enters transformer blocks (275.8 M parameters in all; ours, with plain attention, 234.1 M), a bias per class at
+    16x16 and 8x8 alone. One table, averaged and clipped (theirs: neither); their DiT has one a block, a second null token and dropout, by our reading on when it classifies.
  3. Errors are of eps, as in their code; of x, as in their figure, votes would be the same, means not. Equal votes go to the lower mean error, not to the first class.
- 4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated (theirs: every 50th). An eliminated class cannot win.
+ 4. EMA at every step (theirs: every fifth); gray films have one channel (theirs three); each epoch is validated, by accuracy (every 50th, by F1). An eliminated class cannot win.
  5. Counterfactuals share start and step noise with the factual reconstruction, so that what differs is the class.
  6. The schedule is shifted for the 128 pixels that the network sees of 256; halving the wavelets makes it that of 256. Theirs shifts for 256 and halves: that of 512.
 Recipe plus: the network adds to a linear denoiser (--precondition), class and time scale its features (--scale-shift); it sees an image at four noise levels
 at once (--levels, --stratified), most where classes differ (--loss-weight band); the errors' weights are fitted (--rule learned); AUROC picks the epoch, since
 after few votes accuracy says little (--select). What each is worth: tests/results.
-Balanced accuracy on RetinaMNIST, three seeds: plus .348 (25 noise levels), paper .290 (101), ResNet-18 .350. The paper's data are not here.
+Test balanced accuracy on RetinaMNIST, --scale small, three seeds: plus .348 (25 noise levels), recipe paper .290 (101), ResNet-18 .350. The paper's data are not here.
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -102,7 +102,7 @@ class Config:
     output: str = ""  # the run's folder; none: the next free runs/METHOD-DATA-SCALE-RECIPE-sSEED
     # --- method ---
     width: int = 64  # [8..] channels in the first stage of the plain ResNet
-    backbone: Literal["unet", "dit"] = "unet"  # what denoises: a U-Net, or a DiT (512 epochs, at scale paper)
+    backbone: Literal["unet", "dit"] = "unet"  # what denoises: a U-Net, or a DiT (512 epochs, at scale paper); the paper's fine-tuned Stable Diffusion is not here
     channels: int = 128  # [8..] of the U-Net's first level
     mult: str = "1,1,2,4,8"  # channels of each level, in multiples
     blocks: int = 2  # [1..] residual blocks a level
@@ -627,7 +627,7 @@ def explain_command(checkpoint, paths=(), limit=0, output="", **given):
 
 def evidence(nets, config, x, name, best, other):
     """(H, W), as the network sees it: how much more the class `other` errs at each place than `best`, mean over all N levels, whatever --stop. Sums to
-    the difference of their mean errors; majority and learned weigh the levels otherwise, and may decide against it."""
+    the difference of their mean errors; the other rules weigh the levels otherwise, and may decide against it."""
     total, t = 0, times(config, name).to(x.device)
     for part in torch.arange(config.votes).split(max(1, config.eval_batch_size // 2)):
         eps = run.image_noise(config.seed, [f"{name} {j}" for j in part.tolist()], nets.shape, x.device)

@@ -25,10 +25,10 @@ Read differently from the paper, and why
  2. Attention "at 4x4, 2x2, 1x1" are downsampling factors: every level. "10,000 features by average pooling" is the mean over all pixels: 5,632.
  3. The joint loss is a sum; the paper's minus is a slip. Labels of all 14 findings (8 classes in ISIC); ChestX-ray14's "No Finding" is none.
  4. Eq. 2 classifies z_t; the authors' code what the U-Net takes for z_0, with t's embedding (--guide-on). That code teaches the classifier at every 4th step (--cls-every).
- 5. Latents have unit spread (--latent-scale 1: as they come, the authors'); s counts in their units. T = 300 starts at level 299, where it is denoised first.
+ 5. Latents have unit spread (--latent-scale 1: as they come, the authors'): s = 500 is not theirs. t = 300 is level 299, of the noise (theirs: 300) and of the first step.
  6. Validation, which keeps all labels, selects, not the test split. Who has labels goes by patient. Of a counterfactual counts guided minus control.
  7. Images are mirrored, not cropped at random: latents are computed once. Training samples E's posterior, testing takes its mean. The classifier sees no noise: t = 0.
- 8. Recipe plus classifies strong views, too (--few-augment), answers for mirror images (--mirror), fits a temperature; its guidance has unit length (--guide-unit),
+ 8. Recipe plus classifies strong views, too (--few-augment), answers for mirror images (--mirror), fits a temperature; its guidance is as long as noise (--guide-unit),
     goes through the encoder (--guide-through), a short way (--edit-steps), holds other answers (--hold-labels), rests at --guide-goal, keeps little (--edit-keep).
 AUROC on toy chest films, a tenth of the labels, three seeds: plus .912, its classifier alone .915, ResNet-18 .898: the diffusion, the paper's claim, does not help here.
 """
@@ -58,7 +58,7 @@ NOT_DRAWN = "--variant no_diffusion: such a run has learned to classify alone, a
 # ============================================================================= 3 settings
 @dataclass
 class Config:
-    """Every setting. Defaults: the paper's, but for what the list above says. SMALL, PLUS, BY_DATA replace some; the command line wins."""
+    """Every setting. Defaults: the paper's, the authors' code's where it is silent (hidden, dropout, ema), but for the list above. SMALL, PLUS, BY_DATA replace some."""
     # --- data ---
     data: str = "toy_xray"  # data set: toy_xray, toy, chestxray14, isic2019, ham10000, chexpert, MedMNIST names, or folder (a folder per class)
     root: str = ""  # its folder; none: data/raw/NAME
@@ -131,7 +131,7 @@ class Config:
     guide_on: Literal["x0hat", "zt"] = "x0hat"  # what is classified: the U-Net's guess of z_0 (the authors' code), or z_t (eq. 2)
     guide_through: Literal["unet", "encoder"] = "unet"  # the gradient of the guess: through the whole U-Net, or as if eps_hat were constant
     guide_clean: bool = False  # the guess is classified with the embedding of t = 0, as in training, not of t
-    guide_unit: bool = False  # the gradient at unit length, times the latent's size: s no longer depends on how sure the classifier is
+    guide_unit: bool = False  # the gradient as long as standard normal noise (root mean square 1): s no longer depends on how sure the classifier is
     guide_goal: float = 1.  # [0..1] guidance rests where the probability aimed at is above it
     hold_labels: float = 0.  # [0..] weight of the other labels' squared change, in logits; like the next not with --guide-on zt, which sees noise
     hold_latent: float = 0.  # [0..] weight of the latent's squared change
@@ -182,7 +182,7 @@ def q_sample(z, eps, ab):
 
 
 def levels(start, n):
-    """The noise levels of a reverse process, start - 1 down to 0 (n = 0), or n of them, as DDIM's code has them: 981, 961, .. 1 of 1000 in 50 steps; a
+    """The noise levels of a reverse process, start - 1 down to 0 (n = 0), or n of them, as latent diffusion's DDIM has them: 981, 961, .. 1 of 1000 in 50 steps; a
     single step begins at start - 1 (that code: at 1, where there is hardly any noise)."""
     n = min(n, start)
     return list(range(start))[::-1] if n in (0, start) else [start - 1] if n == 1 else [i * start // n + 1 for i in range(n)][::-1]
@@ -307,7 +307,7 @@ def guided(nets, config, z_t, t, aim):
 
 @torch.no_grad()
 def reverse(nets, config, z, start, n, eta, names, aim=None):
-    """Latents z, noised to the first of `levels(start, n)`, -> clean ones, in n steps (0: each level). The noise of a step goes by the image's name."""
+    """Latents z, noised to the first of `levels(start, n)`, -> clean ones (latent diffusion's DDIM stops at level 0), in n steps (0: each level); noise by image names."""
     way, ab = levels(start, n), nets.alpha_bar.tolist()
     for i, (t, s) in enumerate(zip(way, [*way[1:], -1])):
         eps = guided(nets, config, z, t, aim) if aim and aim.scale else nets.unet(z, torch.full((len(z),), t, device=z.device)).float()

@@ -23,19 +23,19 @@ Read differently from the paper, and why (its text could not be had: "paper" is 
     (the paper has no w); its EMA of 0.7 averages three steps, here it is 0.999 with a warm-up.
  2. Dequantisation noise is, as in the code, beta grey levels wide for the palette and half the distance of two classes for grey; the
     paper's is 2 beta. Drawing starts at the clean colour, and so do encoded label maps (--latent rgb).
- 3. Classifying takes one step, drawing an image 25. With more, y_0 moves from the mixture of colours to one of them, and says nothing of doubt any more (tests/results).
+ 3. Classifying takes one step, as in their last documentation (25 before; of their tables unknown), drawing 25. With more, y_0 is one colour, not a mixture, and tells of no doubt.
  4. Probabilities, which the paper has not: of the palette and grey softmax(-d / 0.2), of equidistant codes the weights of the colours in
     y_0, of --decision mode shares of pixels. For all codes but the palette d is the mean pixel's distance: noise does not add to it.
     AUROC is that of the probabilities, as MedMNIST's evaluator has it; the paper's, of d, is auroc_distance in metrics.json (validation).
  5. 28 pixels are padded to 32, not resized; validation, not the test split, selects. No flips where up or left means something.
  6. Latents: the encoder's mean, at unit spread (--latent-scale 0.18215: the authors'), computed once. --latent grid needs no decoder to classify.
-`--recipe plus`, which --scale small and so the toy set takes unless told otherwise; each a field of PLUS below, worth what tests/results say:
+`--recipe plus`, which --scale small and so the toy set takes unless told otherwise; what each field of PLUS is worth: tests/results (label_noise, pooled, guidance: not measured):
     p = softmax of what the U-Net's encoder says;  v_y = (y_t - sum_k p_k c_k) / t;  L_y = -log p_label          `outputs`, `velocity`, `loss`
-as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes; t times 1000 before its
-embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: noise of each pixel's own averages out over a
-thousand pixels, and y_t gives the label away at every t < 1. precondition: the U-Net need not learn to copy, and at t = 1 sees no noise of the label:
-one draw will do, a second looks at the mirror image. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
-AUROC on RetinaMNIST, three seeds of four minutes: plus .732, paper .643, ResNet-18 .733. (The paper has .731, of 1,000 epochs.)
+as in variational flow matching (Eijkelboom et al. 2024); to classify in one step, its decoder is not needed. Equidistant codes: in a palette of 5 half of colour 1 and half
+of 3 is colour 2. t times 1000 before its embedding; every image once more at t = 1, for the label alone; one noise for all pixels of a label map: noise of each pixel's own
+averages out over a thousand pixels, and y_t gives the label away at every t < 1. precondition: the U-Net need not copy, and at t = 1 sees no noise of the label: one draw
+will do, a second looks at the mirror image. pooled: group norms take away most of what all pixels share. guidance: drawing keeps to its class (`guided`).
+Test AUROC on RetinaMNIST, three seeds of four minutes: plus .732, paper .643, ResNet-18 .733. (The paper has .731, of 1,000 epochs.)
 """
 # ============================================================================= 2 imports
 import dataclasses
@@ -180,7 +180,7 @@ def outputs(unet, config, x, y, t, rows=None):
         u = t.view(-1, 1, 1, 1)
         variance = u ** 2 + (1 - u) ** 2
         guess_x, guess_y = (2 * u - 1) / variance * x, (2 * u - 1) / variance * y
-        x, y = u / variance * x, (1 - u) / variance * y                 # guesses of x_1 and y_0: no noise where there is nothing else
+        x, y = u / variance * x, (1 - u) / variance * y                 # guesses of x_1 and y_0: 0 where x_t (t = 0) or y_t (t = 1) is noise alone
     z, given = torch.cat([x, y], 1), (t * config.time_scale, *[y.mean((2, 3))] * config.pooled)
     if config.label_loss != "posterior":
         out = unet(z, *given).float()
@@ -441,7 +441,7 @@ def learning_rate(config, group, epoch):
 # ============================================================================= 6 evaluation
 @torch.no_grad()
 def classified(nets, split, config, device):
-    """Batch by batch of a split: the batch, its noise (B, S, D, H, W) and its Prediction. The noise of an image goes by (seed, id) and --samples; of --label-noise shared all pixels have the same."""
+    """Batch by batch of a split: the batch, its noise (B, S, D, H, W; --label-noise shared: all pixels alike), by (seed, id) and --samples, and its Prediction."""
     n_y, *size = nets.shapes(config.size)[1]
     shape = config.samples, n_y, *(size if config.label_noise == "pixel" else (1, 1))
     for batch in run.progress(Batches(split, config.eval_batch_size, device, rank=run.rank(), world=run.world()), "evaluate"):

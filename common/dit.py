@@ -5,7 +5,7 @@
 adaLN-zero: of every norm the shift and scale, and of every branch the gate, are linear in silu(e), and zero at first: a fresh
 block is the identity. There is one e, and one table of classes, for all blocks.
 
-The papers' networks:  DiT(12, 12, 128, 4, 768, 12, 12, 3)              129,807,552   Favero et al.'s DiT-B/4, 1,024 tokens of wavelets
+The papers' networks:  DiT(12, 12, 128, 4, 768, 12, 12, 3)              129,807,552   Favero et al.'s DiT-B/4 (theirs, an e a block: 147.7 M), 1,024 tokens of wavelets
                        DiT(4, 8, 32, 2, 1152, 28, 16, 1001)             674,834,720   Peebles and Xie's DiT-XL/2, 256 tokens of latents
 """
 import torch

@@ -2,7 +2,7 @@
 
     MMD^2(x, y) = E K(x, x') - 2 E K(x, y) + E K(y, y')          x (N, D), y (M, D) -> a scalar tensor, differentiable
 
-Both keep the input's dtype. The value is a small difference of numbers near 1: float32 at least, outside autocast.
+Both keep the input's dtype. The value is a small difference of numbers near 1: float32 at least; `mmd_polynomial`, a matrix product, outside autocast.
 """
 import torch
 

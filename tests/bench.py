@@ -544,7 +544,7 @@ def machine(s):
 
 
 def table(record):
-    lines = [f"| {record['machine']}, {record['dtype']} | ours | the authors' arrangement | ratio | aim |", "|---|---|---|---|---|"]
+    lines = [f"| {record['machine']}, {record['dtype']} | ours | beside it | ratio | aim |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
         _, what, aim, unit = ROWS[name]
         more = f", {100 * row['same_label']:.2f} % the same label" if "same_label" in row else ""

@@ -451,7 +451,7 @@ def table(name):
 # ============================================================================= side by side, on the same test images
 SCORES = {"accuracy": lambda y, p: metrics.accuracy(y, p.argmax(1)), "balanced accuracy": lambda y, p: metrics.balanced_accuracy(y, p.argmax(1)),
           "macro F1": lambda y, p: metrics.f1_macro(y, p.argmax(1)), "AUROC": metrics.auroc, "AURC": lambda y, p: -metrics.aurc(p.argmax(1) == y, 1 - p.max(1)),              # less is better
-          "AUROC of its errors": lambda y, p: metrics.auroc((p.argmax(1) != y).astype(int), 1 - p.max(1))}
+          "AUROC of right against wrong": lambda y, p: metrics.auroc((p.argmax(1) != y).astype(int), 1 - p.max(1))}
 NAMES = {"resnet": "ResNet-18", "resnets": "mean of five ResNets", "diffmic": "DiffMIC", "symmflow": "MedSymmFlow", "diffclassifier": "diffusion classifier", "mediffusion": "Mediffusion"}
 SHOWN = {"retinamnist": "RetinaMNIST", "pneumoniamnist": "PneumoniaMNIST", "ham10000": "HAM10000"}
 RESNET = "is ahead of a ResNet-18 given the same images and about as many minutes"
@@ -472,7 +472,7 @@ CLAIMS = {                                                              # (it ..
                                  (FIVE, "AUROC", [f"diffclassifier-{data}" for data in REAL], [f"resnets-{data}" for data in REAL]),
                                  *((f"is ahead of {words} whose classes are taken to be equally frequent, too", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"{other}-{data}/shares" for data in REAL])
                                    for words, other in (("a ResNet-18", "resnet"), ("five ResNets", "resnets"))),
-                                 ("tells its errors from its right answers better than a ResNet-18", "AUROC of its errors", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
+                                 ("tells its errors from its right answers better than a ResNet-18", "AUROC of right against wrong", [f"diffclassifier-{data}" for data in REAL], [f"resnet-{data}" for data in REAL]),
                                  (PLUS + ", whose network calls are four times as many, after half as much training", "balanced accuracy", [f"diffclassifier-{data}" for data in REAL], [f"diffclassifier-{data}-paper" for data in REAL]),
                                  ("is ahead, trained on other images first, of itself from scratch", "balanced accuracy", ["diffclassifier-retinamnist-init"], ["diffclassifier-retinamnist"])],
     "Mediffusion": [*((words, "AUROC", [f"mediffusion-{data}" for data in REAL], [f"{other}-{data}" for data in REAL]) for words, other in ((RESNET, "resnet"), (FIVE, "resnets"))),
@@ -581,7 +581,8 @@ PARTS = {"diffmic": {"guide": "its guide alone"}, "diffclassifier": {"rule major
 
 
 def side_table(data):
-    """The four methods, one ResNet and five on one test split: mean and sd over seeds, and what each costs; below a method what its own parts say."""
+    """The four methods, one ResNet and five on one test split: mean and sd over seeds, and what each costs; below a method what its own parts say; at the end what
+    needs no pixels."""
     lines = ["| | accuracy | balanced | macro F1 | AUROC | ECE | AURC | s to train | ms an image | parameters |", "|---|" + "---|" * 9]
     for name, recipe in (("resnet", ""), ("resnets", ""), *((method, recipe) for method in FOR_ALL for recipe in ("", "-paper"))):
         found, title = records(f"{name}-{data}{recipe}"), NAMES[name] + ", recipe paper" * bool(recipe)
@@ -593,6 +594,10 @@ def side_table(data):
                 cells.append(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else ""))
             cost = " |  | " if words else f"{np.median([r['seconds'] for r in found]):.0f} | {np.median([r['ms_an_image'] for r in found]):.1f} | {found[0]['params']:,}"
             lines.append(f"| {title}{': ' * bool(words)}{words}{seeds(found)} | {' | '.join(cells)} | {cost} |")
+    for part, title in ("majority", "majority class"), ("shortcut", "a tree that sees no pixels"):
+        if of := [r["baselines"][part] for r in records(f"resnet-{data}") if part in r.get("baselines", ())]:
+            cells = [f"{np.mean(v):.3f} ± {np.std(v, ddof=len(v) > 1):.3f}" for v in ([test[key] for test in of] for key in ("accuracy", "balanced_accuracy", "f1_macro", "auroc", "ece", "aurc"))]
+            lines.append(f"| {title} | {' | '.join(cells)} |  |  |  |")
     return "\n".join(lines)
 
 
