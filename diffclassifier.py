@@ -503,7 +503,7 @@ def measure(nets, data, config, device, figures):
     plots.line_chart(figures / "rules.png", {rule: ([row["votes"] for row in table], [row[rule] for row in table]) for rule in found},
                      "Accuracy on validation, to which learned is fitted", "noise levels an image", "accuracy")
     plots.line_chart(figures / "errors.png", {name: (np.arange(-9, 10, 2), differences[labels == k, :, k].mean(0)) for k, name in enumerate(data.classes) if (labels == k).any()},
-                     "Error of the true class against the mean of all, by noise", "log-SNR", "error of the true class - mean of all")
+                     "How much less the true class errs, by noise", "log-SNR: noise to the left", "squared error - mean of all classes'")
     return {"validation": metrics.summary(labels, rules(nets, config, error, alive, t)[config.rule]), "validation_by_votes": table,
             "validation_by_stop": stops, "seconds_an_image": seconds, "bucket_weights": nets.weight.tolist(), "shares": nets.shares.tolist(),
             "calls_an_image": float((~np.isnan(stopped(error, config)[0])).sum((1, 2)).mean())}

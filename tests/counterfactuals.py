@@ -201,8 +201,13 @@ def samples_table(record):
 def box_plots(path, rows):
     """As the paper's Fig. 4 and 8: the change inside and outside of the box, and of one as large at a random place; median, quartiles, 5 and 95 %."""
     rows = {what: row["change_by_place"] for what, row in rows.items() if "change_by_place" in row}
-    canvas = plots.Canvas(900, 110 + 100 * len(rows), "What guidance changed, in and out of the finding's box")
-    most = max((found[name][-1] for found in rows.values() for name in WHERE), default=1) or 1
+    canvas, bottom = plots.Canvas(900, 130 + 100 * len(rows), "What guidance changed, in and out of the finding's box"), 70 + 100 * len(rows)
+    most = max((found[name][-1] for found in rows.values() for name in WHERE), default=1) or 1.
+    most = plots.ticks(0, most)[-1]
+    for tick in plots.ticks(0, most):
+        x = 210 + round(650 * tick / most)
+        canvas.draw.line((x, 72, x, bottom), fill=plots.PALE)
+        canvas.text(x, bottom + 6, f"{tick:g}", 12, "ma", plots.GREY)
     for j, name in enumerate(WHERE):
         canvas.draw.rectangle((16 + 215 * j, 44, 30 + 215 * j, 58), fill=plots.PALETTE[j])
         canvas.text(38 + 215 * j, 51, name, anchor="lm")
@@ -211,7 +216,7 @@ def box_plots(path, rows):
         for j, name in enumerate(WHERE):
             y, (low, q1, middle, q3, high) = 80 + 100 * i + 20 * j, (210 + round(650 * v / most) for v in found[name])
             canvas.draw.line((low, y + 7, high, y + 7), fill=plots.GREY)
-            canvas.draw.rectangle((q1, y, max(q3, q1 + 1), y + 14), fill=plots.PALETTE[j])
+            canvas.draw.rectangle((q1, y, max(q3, q1 + 4), y + 14), fill=plots.PALETTE[j])                     # of all zeros it is still seen
             canvas.draw.line((middle, y, middle, y + 14), fill="white", width=2)
-    canvas.text(860, canvas.height - 24, f"0 to {most:.3f}, of images in [0, 1]; median, quartiles, 5 and 95 % of the images", 12, "ra", plots.GREY)
+    canvas.text(860, canvas.height - 24, "a pixel's mean absolute change, of images in [0, 1]: median, quartiles, 5 and 95 % of the images", 12, "ra", plots.GREY)
     return canvas.save(path)
