@@ -46,7 +46,7 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish(session):
     if readme := sys.modules.get("tests.test_readme") or sys.modules.get("test_readme"):
-        readme.POOL.shutdown(cancel_futures=True)
+        readme.over()
 
 
 def pytest_configure(config):
