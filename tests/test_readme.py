@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -278,10 +279,13 @@ def make_lesions(root):
     (root / "lesions" / "groups.csv").write_text("file,group\n")
 
 
+def words(command):
+    first, file, *rest = shlex.split(command)
+    return [sys.executable, str(ROOT / file), *rest]
+
+
 def run(command, cwd):
-    words = shlex.split(command)
-    words[1] = str(ROOT / words[1])
-    return subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(words(command), cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_what_was_tried_to_break_it_names_tests_that_are_there_and_the_record_of_damaged_files():
@@ -311,28 +315,32 @@ def shortened():
             for c, more in (train | use).items() for m in [re.search(METHODS, c)[0]]}
 
 
-POOL = ThreadPoolExecutor(1)
-
-
 @functools.cache
 def begun():
-    """The folder, and [(command, what comes of it), ...]. tests/conftest.py calls this first of all: one after the other they run beside the tests that
-    come before, most of which leave a core idle."""
+    """The folder, and the shell that runs the commands there, one after the other. tests/conftest.py calls this first of all: they run beside the tests
+    that come before, most of which leave a core idle."""
     root = Path(tempfile.mkdtemp())
     make_lesions(root)
-    return root, [(command, POOL.submit(run, command, root)) for command in shortened().values()]
+    script = "\n".join(f"{shlex.join(words(command))} >{i}.out 2>{i}.err; echo $? >{i}.code" for i, command in enumerate(shortened().values()))
+    return root, subprocess.Popen(["sh", "-c", script], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def over():
     """Ends what `begun` began, and its folder."""
-    POOL.shutdown(cancel_futures=True)
     if begun.cache_info().currsize:
-        shutil.rmtree(begun()[0], ignore_errors=True)
+        root, shell = begun()
+        if shell.poll() is None:
+            os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def test_the_commands_of_the_readme_run():
-    for command, result in begun()[1]:
-        assert result.result().returncode == 0 and "Traceback" not in result.result().stderr, (command, result.result().stderr)
+    root, shell = begun()
+    shell.wait(timeout=900)
+    for i, command in enumerate(shortened().values()):
+        said = (root / f"{i}.err").read_text()
+        assert (root / f"{i}.code").read_text() == "0\n" and "Traceback" not in said, (command, said)
     given = shortened()
     assert any("--data folder" in c for c in given) and any("predict" in c for c in given) and any("--resume RUN" in c for c in given)
     assert any("symmflow.py sample" in c for c in given) and any("symmflow.py explain" in c for c in given)
