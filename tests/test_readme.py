@@ -48,6 +48,8 @@ def test_the_other_tables_in_the_readme_are_made_from_the_records():
     assert claims.votes_table() in README and claims.by_votes_table() in README and claims.stops_table() in README
     cpu, cuda = (json.loads((claims.RESULTS / f"bench-{device}.json").read_text()) for device in ("cpu", "cuda"))
     assert bench.table(cpu) in README and bench.table(cuda) in README and bench.full_table(cuda) in README
+    shares = {name: f"{100 * cuda[f'full size, {name}']['share of peak']:.0f}" for name in ("dit", "joint", "unet", "latents")}
+    assert "is met by none: {dit} % (DiT-B/4), {joint}, {unet} and {latents} % (U-Nets)".format(**shares) in README
 
 
 @pytest.mark.parametrize("data", claims.REAL)
