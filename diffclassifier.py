@@ -10,8 +10,8 @@ time the class with the least error has a vote. Classes share the noise, so that
     L = w(l) |v_hat(z, l, c) - v|^2,  c replaced by a null token with probability 0.15         `loss`
     E[n, c] = |eps_hat(z_n, l_n, c) - eps_n|^2,  the same (t_n, eps_n) for every c             `errors`
     majority: the c with most n such that E[n, c] is least (Favero);  mean: least mean E (Li);  elbo: least mean of -dl/dt E, twice the
-    bound of -log p(x | c) but for a constant;  learned: logits -sum_j w_j D[j, c], D the mean of E[n, c] - mean_k E[n, k] over the n whose l is in the j-th of ten
-    ranges, w fitted on validation (common/votes.py). All assume equally frequent classes; --prior training (learned alone): as in training      `rules`
+    bound of -log p(x | c) but for a constant;  learned: logits -sum_j w_j D[j, c], D the mean of E[n, c] - mean_k E[n, k] over the n whose l is in the j-th
+    of ten ranges, w fitted on validation (common/votes.py). All assume equally frequent classes; --prior training (learned alone): as in training      `rules`
 
 M images, N noise levels an image, K classes; all rules read one array of errors, (M, N, K), rows summed in float32, these in float64. `survivors` stops early.
 
@@ -513,7 +513,7 @@ def measure(nets, data, config, device, figures):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own replace this file's `load_for`. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

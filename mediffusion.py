@@ -624,7 +624,7 @@ def as_tiles(image, seen, i, boxes=None):
 def train(config, resume=None):
     """Trains, evaluates on the test split once and writes the run's folder; returns what metrics.json holds.
 
-    resume: a folder with a last.pt to go on from. For arrays of your own let this file's `load_for` return your DataSet. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
+    resume: a folder with a last.pt to go on from. For arrays of your own replace this file's `load_for`. Raises run.UserError, DataError, run.WorkError, run.Interrupted.
     """
     device = run.start(config)
     out = run.choose_folder(config, METHOD, resume)

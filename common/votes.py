@@ -62,7 +62,7 @@ def fit(features, labels, ridge=.1):
 # ----------------------------------------------------------------------------- votes
 @functools.lru_cache(maxsize=None)
 def overtaken(a, b, m):
-    """P(b + X >= a + m - X), a float, of whole numbers a, b, m >= 0: X of the m votes to come go to the one that has b of a + b, the others to the one that has a; its share is uniform
+    """P(b + X >= a + m - X), a float, of whole a, b, m >= 0: X of the m votes to come go to the one that has b of a + b, the others to the one that has a; its share is uniform
     before any vote, so that X is beta-binomial."""
     def log_p(x):
         return (math.lgamma(m + 1) - math.lgamma(x + 1) - math.lgamma(m - x + 1) + math.lgamma(b + 1 + x) + math.lgamma(a + 1 + m - x)

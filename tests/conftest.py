@@ -45,7 +45,7 @@ def pytest_collection_finish(session):
 
 
 def pytest_sessionfinish(session):
-    if readme := sys.modules.get("tests.test_readme") or sys.modules.get("test_readme"):
+    if readme := sys.modules.get("tests.test_readme"):
         readme.over()
 
 

@@ -202,8 +202,7 @@ def box_plots(path, rows):
     """As the paper's Fig. 4 and 8: the change inside and outside of the box, and of one as large at a random place; median, quartiles, 5 and 95 %."""
     rows = {what: row["change_by_place"] for what, row in rows.items() if "change_by_place" in row}
     canvas, bottom = plots.Canvas(900, 130 + 100 * len(rows), "What guidance changed, in and out of the finding's box"), 70 + 100 * len(rows)
-    most = max((found[name][-1] for found in rows.values() for name in WHERE), default=1) or 1.
-    most = plots.ticks(0, most)[-1]
+    most = plots.ticks(0, max((found[name][-1] for found in rows.values() for name in WHERE), default=1) or 1.)[-1]
     for tick in plots.ticks(0, most):
         x = 210 + round(650 * tick / most)
         canvas.draw.line((x, 72, x, bottom), fill=plots.PALE)

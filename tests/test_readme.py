@@ -117,8 +117,38 @@ def test_what_the_pages_say_in_words_is_in_the_records():
     weak, strong = ([f"{r['val_auroc']:.3f}"[1:] for r in claims.records(f"joint-pneumoniamnist-0.1{end}")] for end in ("-weak", ""))
     assert f"({', '.join(weak)} to {', '.join(strong)})" in README and all(a > b for a, b in zip(weak, strong))
     arms = json.loads((claims.RESULTS / "mediffusion-counterfactuals.json").read_text())["arms"]
+    moved = {arm: [abs(row["judge"]["diff"]) for row in arms[arm]["rows"].values()] for arm in ("plus", "the paper's")}
+    assert "the judge's farther in three of six rows" in README and sum(theirs > ours for ours, theirs in zip(*moved.values())) == 3
+    assert "own answer to its aim in every image" in README and all(row["flipped"] == 1 for row in arms["the paper's"]["rows"].values())
     slower = [row["seconds_an_image"] / arms["plus"]["rows"][what]["seconds_an_image"] for what, row in arms["the paper's"]["rows"].items()]
     assert f"which take {min(slower):.0f} to {max(slower):.0f} times as long" in README
+
+
+def test_what_the_page_says_of_few_labels_and_of_few_images_is_recorded():
+    seconds = {arm: np.median([r["seconds"] for share in claims.SHARES for r in claims.records(f"{arm}-pneumoniamnist-{share}")]) for arm in claims.ARMS.values()}
+    rounded = {arm: f"{round(s, -1):.0f}" for arm, s in seconds.items()}
+    assert "in {resnet} seconds, FixMatch".format(**rounded) in README and "with one, in {fixmatch})".format(**rounded) in README
+    assert "without; {joint} seconds, its classifier alone {alone})".format(**rounded) in README
+    views = [claims.records(f"joint-pneumoniamnist-0.1{end}")[2]["val_auroc_of_strong_views"] for end in ("", "-paper")]
+    assert "an AUROC of {:.3f}, with recipe paper {:.3f} (seed 2)".format(*views) in README
+    judged, rare = claims.said("diffclassifier-ham10000"), []
+    score = {}
+    for name in ("resnet", "resnets"):
+        found = []
+        for seed, (ids, labels, p) in claims.said(f"{name}-ham10000").items():
+            rows = np.isin(ids, judged[seed][0])
+            assert rows.sum() == 300
+            found.append(claims.SCORES["balanced accuracy"](labels[rows], p[rows]))
+            rare = sorted(np.bincount(labels[rows]))[:2]
+        score[name] = np.mean(found)
+    assert "(one ResNet has a balanced accuracy of {resnet:.3f} there, five {resnets:.3f})".format(**score) in README
+    assert f"rarest two, {rare[0]} and {rare[1]} of test" in README and f"the two rarest classes {rare[0]} and {rare[1]})" in README
+    ends = [at for r in claims.records("resnets-ham10000") for at in r["selected"]]
+    assert "validation picks their last passes" in README and np.mean([at > .9 for at in ends]) > .9
+    base, level, added = ({"val": r["method_specific"]["validation_by_votes"][-1]["majority"], "auroc": r["baselines"]["rule majority"]["auroc"]}
+                          for r in (claims.records(f"diffclassifier-toy-{name}")[0] for name in ("base", "level", "added")))
+    worth = lambda other, key: f"{base[key] - other[key]:.2f}"[1:]
+    assert f"{worth(level, 'val')} behind on validation and {worth(level, 'auroc')} in AUROC on test" in README and f"cost {worth(added, 'val')} and {worth(added, 'auroc')}." in README
 
 
 @pytest.mark.parametrize("method", [diffmic], ids=lambda m: m.METHOD)
